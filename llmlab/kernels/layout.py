@@ -1,0 +1,127 @@
+"""What a step looks like to an attention kernel, and what it gives back.
+
+The layout is ragged: the query tokens of all rows lie one behind the other, without padding, and the
+keys and values of a row are scattered over blocks that its block table names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MASKS = ("causal", "full")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMetadata:
+    """The ragged layout of one step, built once and shared by all layers. R rows, T query tokens.
+
+    - `cu_seqlens_q [R+1] int32`: row r owns the query tokens `cu_seqlens_q[r] : cu_seqlens_q[r+1]`.
+    - `seq_lens [R] int32`: length of the row's KV INCLUDING the tokens of this step.
+    - `block_tables [R, max_blocks] int32`: block of position p is `block_tables[r, p // block_size]`;
+      entries behind the last used block are never read.
+    - `slot_mapping [T] int64`: where the KV of each query token is written
+      (slot s = block `s // block_size`, offset `s % block_size`); -1 writes nothing.
+    - `max_seqlen_q`: the longest row of queries.
+    - `mask`: "causal": query i of row r, at position `seq_lens[r] - q_len[r] + i`, sees the KV
+      positions up to its own; "full": it sees the whole row (blocks of a diffusion model, or the
+      shared prefix of a cascade). A sliding window bounds the past in both.
+
+    Compared by identity, so that a kernel set may keep what it derived for the current step.
+    """
+
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    slot_mapping: Tensor
+    max_seqlen_q: int
+    mask: str = "causal"
+
+    def __post_init__(self) -> None:
+        if self.mask not in MASKS:
+            raise ValueError(f"mask: {self.mask!r} is unknown; choose one of {', '.join(MASKS)}")
+        rows = self.seq_lens.shape[0]
+        if self.cu_seqlens_q.shape[0] != rows + 1 or self.block_tables.shape[0] != rows:
+            raise ValueError(
+                f"cu_seqlens_q: {self.cu_seqlens_q.shape[0]} entries and block_tables: "
+                f"{self.block_tables.shape[0]} rows do not fit seq_lens of {rows} rows"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.seq_lens.shape[0])
+
+    @classmethod
+    def build(
+        cls,
+        query_lens: Sequence[int],
+        seq_lens: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        block_size: int,
+        *,
+        mask: str = "causal",
+        device: torch.device | str = "cpu",
+    ) -> AttentionMetadata:
+        """From plain lists, one entry per row; every block table covers `seq_lens[r]` positions.
+
+        The new tokens of a row are its last `query_lens[r]` positions.
+        """
+        num_q, lens = np.asarray(query_lens, np.int64), np.asarray(seq_lens, np.int64)
+        if (num_q > lens).any():
+            row = int(np.argmax(num_q > lens))
+            raise ValueError(f"query_lens[{row}]: {num_q[row]} is more than seq_lens[{row}] = {lens[row]}")
+        tables = _rectangular(block_tables, lens, block_size)
+        starts = np.concatenate(([0], np.cumsum(num_q)))
+        row_of = np.repeat(np.arange(len(lens)), num_q)
+        position = np.arange(starts[-1]) - starts[row_of] + (lens - num_q)[row_of]
+        slots = tables[row_of, position // block_size].astype(np.int64) * block_size + position % block_size
+
+        def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+            return torch.as_tensor(array, dtype=dtype, device=device)
+
+        return cls(
+            cu_seqlens_q=tensor(starts, torch.int32),
+            seq_lens=tensor(lens, torch.int32),
+            block_tables=tensor(tables, torch.int32),
+            slot_mapping=tensor(slots, torch.int64),
+            max_seqlen_q=int(num_q.max(initial=0)),
+            mask=mask,
+        )
+
+
+def _rectangular(block_tables: Sequence[Sequence[int]], lens: np.ndarray, block_size: int) -> np.ndarray:
+    """Block tables as one int32 matrix, padded with 0 (a block that padding never reads)."""
+    tables = np.zeros((len(lens), max((len(t) for t in block_tables), default=0) or 1), np.int32)
+    for row, (table, length) in enumerate(zip(block_tables, lens, strict=True)):
+        if len(table) * block_size < length:
+            raise ValueError(
+                f"block_tables[{row}]: {len(table)} blocks of {block_size} do not cover {length} positions"
+            )
+        tables[row, : len(table)] = table
+    return tables
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionState:
+    """Attention over a set of keys, in the form that merges with attention over other keys.
+
+    `out [T, Hq, D]` in the dtype of the queries; `lse [T, Hq] float32`, the log of the sum of
+    exponentials of the scores (natural log). A query that saw no key has out 0 and lse -inf.
+    Source: the attention state of FlashInfer, arXiv 2501.01005, section 2.2.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """One row of `Kernels.describe()`: which implementation runs an operation, and why."""
+
+    op: str
+    implementation: str
+    why: str
