@@ -1,0 +1,106 @@
+"""The engine's configuration: one frozen struct, checked on construction."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from llmlab.registry import policy_name
+from llmlab.types import ConfigError, unknown_name
+
+SEAM_FIELDS = ("ordering", "admission", "composer", "victim", "placement", "eviction", "tiering", "decoding")
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that shapes a run. A seam takes a registered name or the plug-in object itself.
+
+    Sizes are in tokens, blocks or requests; times in seconds. `num_blocks=None` sizes the KV pool from
+    memory; `num_host_blocks=None` makes the host tier as large as the pool. `overlap_depth=1` plans the next
+    step while the previous one runs. Raises ConfigError.
+    """
+
+    model: str = "lab-s"
+    executor: Literal["torch", "sim"] = "torch"
+    hardware: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kernels: Literal["auto", "torch", "numba"] = "auto"
+    num_threads: int | None = None
+    random_weights: bool = False
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    num_host_blocks: int | None = None
+    enable_prefix_caching: bool = True
+
+    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    overlap_depth: int = 0
+
+    ordering: Any = "fcfs"
+    admission: Any = "prompt_fits"
+    composer: Any = "chunked"
+    victim: Any = "last_come"
+    placement: Any = "device_only"
+    eviction: Any = "lru"
+    tiering: Any = "recompute"
+    decoding: Any = "autoregressive"
+
+    seed: int = 0
+    log_level: int = 2
+    log_capacity: int = 200_000
+    trace: str | None = None
+    check_interval: int = 64
+    policy_timeout: float = 0.25
+    num_alternatives: int = 4
+    view_cap: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_batched_tokens", "max_num_seqs", "log_capacity", "view_cap"):
+            self._at_least(name, 1)
+        for name in ("overlap_depth", "check_interval", "num_alternatives"):
+            self._at_least(name, 0)
+        for name, low in (("num_blocks", 1), ("num_host_blocks", 0), ("max_model_len", 1), ("num_threads", 1)):
+            if getattr(self, name) is not None:
+                self._at_least(name, low)
+        self._one_of("executor", ("torch", "sim"))
+        self._one_of("device", ("auto", "cpu", "cuda"))
+        self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
+        self._one_of("kernels", ("auto", "torch", "numba"))
+        self._check_rest()
+
+    def _check_rest(self) -> None:
+        if not 0 <= self.log_level <= 4:
+            raise ConfigError("log_level", self.log_level, "must be 0 to 4",
+                              "0 metrics, 1 lifecycle, 2 decisions, 3 blocks, 4 kernels.")  # fmt: skip
+        if not isinstance(self.policy_timeout, (int, float)) or math.isnan(self.policy_timeout) or self.policy_timeout <= 0:
+            raise ConfigError("policy_timeout", self.policy_timeout, "must be a positive number of seconds")
+        if not isinstance(self.seed, int):
+            raise ConfigError("seed", self.seed, "must be an integer")
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError("model", self.model, "must be a name or a directory", "`llmlab models` lists the shipped ones.")
+
+    def _at_least(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ConfigError(name, value, f"must be an integer of at least {low}")
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise unknown_name(name, getattr(self, name), allowed)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for the first event of a run; plug-in objects appear under their names."""
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        return {name: policy_name(v) if name in SEAM_FIELDS and not isinstance(v, str) else v for name, v in values.items()}
+
+
+def engine_config(**fields: Any) -> EngineConfig:
+    """An EngineConfig from keywords; unknown names are answered with the nearest known ones."""
+    for name in fields:
+        if name not in EngineConfig.__struct_fields__:
+            raise unknown_name("EngineConfig field", name, EngineConfig.__struct_fields__)
+    return EngineConfig(**fields)

@@ -1,0 +1,28 @@
+"""Hash-chained prefix caching: a block is findable under the hash of its own and all earlier tokens.
+
+    block 0            block 1                     block 2 (partial: never findable)
+    h0 = H(root, t0)   h1 = H(h0, t1)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence as AbstractSequence
+
+ROOT = b"llmlab"
+
+
+def chain_hashes(token_ids: AbstractSequence[int], block_size: int, known: list[bytes], limit: int) -> list[bytes]:
+    """Extend `known` in place to the hashes of the first `limit` full blocks of `token_ids`; return it.
+
+    16-byte BLAKE2b over (previous hash, tokens as int64): collisions are out of reach even for an
+    adversary, so equal hashes may be trusted to mean equal tokens and equal context.
+    """
+    limit = min(limit, len(token_ids) // block_size)
+    while len(known) < limit:
+        start = len(known) * block_size
+        previous = known[-1] if known else ROOT
+        tokens = array("q", token_ids[start : start + block_size]).tobytes()
+        known.append(hashlib.blake2b(previous + tokens, digest_size=16).digest())
+    return known

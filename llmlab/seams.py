@@ -1,0 +1,252 @@
+"""The seams: where ideas plug in. Protocols whose docstrings are the contracts, and the frozen views they see.
+
+Rules for every policy
+- pure: the same view gives the same answer; nothing in a view may be changed or kept;
+- total: an answer for every view; if it raises, overruns or answers nonsense, the default decides for that
+  once, a `PolicyFailed` event says so, and the run goes on;
+- lower scores and smaller keys come first, everywhere; ties fall to (arrival, number);
+- the seam records: candidates, scores, winner and alternatives are logged around the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import msgspec
+
+from llmlab.types import Commit, Cost, FinishReason, ItemResult, Request, Status, WorkItem
+
+Key = float | int | tuple[Any, ...]
+
+
+# ------------------------------------------------------------------------------------------ views
+class RequestView(msgspec.Struct, frozen=True):
+    """One request as a policy may see it. Token counts; `arrival`, `deadline` in seconds.
+
+    `num_cached_tokens` of a queued request is what the prefix cache holds for it right now (a hint).
+    `metadata` is the client's, e.g. `{"output_len": 80}` for oracle policies.
+    """
+
+    id: str
+    number: int
+    arrival: float
+    priority: int
+    status: Status
+    num_prompt_tokens: int
+    num_tokens: int
+    num_computed_tokens: int
+    num_cached_tokens: int
+    num_blocks: int
+    num_preemptions: int
+    request: Request
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens whose KV is still to be computed."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.request.metadata
+
+    @property
+    def deadline(self) -> float | None:
+        return self.request.deadline
+
+    @property
+    def decoding(self) -> bool:
+        """Only the newest token is left to compute (a description, not a phase)."""
+        return self.num_output_tokens > 0 and self.num_new_tokens == 1
+
+
+class PoolView(msgspec.Struct, frozen=True):
+    """KV memory in blocks. `num_free` counts cached blocks that nobody uses, too."""
+
+    num_blocks: int
+    num_free: int
+    num_quarantined: int
+    num_host_blocks: int
+    num_host_free: int
+    block_size: int
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Hard limits of a step that no policy can exceed."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
+class EngineView(msgspec.Struct, frozen=True):
+    """All that a policy sees: frozen and capped. `waiting` holds the head of the queue in order
+    (`num_waiting` counts all); `running` is in order of admission. `consider` prices a hypothetical list of
+    items and logs it as an alternative of the decision in progress."""
+
+    now: float
+    step: int
+    waiting: tuple[RequestView, ...]
+    num_waiting: int
+    running: tuple[RequestView, ...]
+    pool: PoolView
+    limits: Limits
+    consider: Callable[[str, Sequence[WorkItem]], Cost]
+
+
+class Offers(msgspec.Struct, frozen=True):
+    """Work that the requests' decoding methods propose, at full length. `waiting` were admitted by the
+    admission policy, in queue order; they own no memory yet."""
+
+    running: tuple[WorkItem, ...]
+    waiting: tuple[WorkItem, ...]
+
+
+# ------------------------------------------------------------------- A: admission and ordering
+@runtime_checkable
+class Ordering(Protocol):
+    """Who stands where in the queue. `refresh="arrival"`: a request's key is computed once when it enters
+    the queue. `refresh="step"`: every key is computed anew in every step (costs O(queue))."""
+
+    refresh: Literal["arrival", "step"]
+
+    def key(self, request: RequestView, now: float) -> Key: ...
+
+
+class Admit(msgspec.Struct, frozen=True):
+    """Let the request in now."""
+
+    reason: str = ""
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """Leave it in the queue, with the reason as a person would say it."""
+
+    reason: str
+
+
+class Need(msgspec.Struct, frozen=True):
+    """Blocks that a queued request would take: `prompt` for what is to be computed now, `total` for the
+    longest it may ever get; cached blocks that it would share are already subtracted."""
+
+    prompt: int
+    total: int
+
+
+@runtime_checkable
+class Admission(Protocol):
+    """Whether the head of the queue may start. Asked in queue order until the first `Wait`."""
+
+    def admit(self, view: EngineView, request: RequestView, need: Need) -> Admit | Wait: ...
+
+
+@runtime_checkable
+class LengthModel(Protocol):
+    """Belief about output lengths, learned from finished requests."""
+
+    def observe(self, request: Request, num_output_tokens: int) -> None: ...
+
+    def sample(self, request: RequestView, quantile: float) -> float: ...
+
+
+@runtime_checkable
+class Victim(Protocol):
+    """Whom to preempt when `needy` finds no block. Smallest score first. Candidates own blocks and may
+    include `needy` itself; the oldest running request is never among them, so somebody always advances."""
+
+    def score(self, view: EngineView, candidate: RequestView, needy: RequestView) -> Key: ...
+
+
+# ----------------------------------------------------------------------- B: what a step contains
+@runtime_checkable
+class Composer(Protocol):
+    """Which offers run in this step and how much of each, in order of priority.
+
+    Answers items made with `offer.shortened(n)`; at most `limits.max_num_batched_tokens` tokens over all,
+    at most `limits.max_num_seqs` requests, no request twice. An empty answer means: wait."""
+
+    def compose(self, view: EngineView, offers: Offers) -> Sequence[WorkItem]: ...
+
+
+# -------------------------------------------------------------------------------- C: placement
+@runtime_checkable
+class Placement(Protocol):
+    """On which device and lane each item runs."""
+
+    def place(self, view: EngineView, items: Sequence[WorkItem]) -> Sequence[WorkItem]: ...
+
+
+# --------------------------------------------------------------------------------- D: KV memory
+class BlockView(msgspec.Struct, frozen=True):
+    """A cached block that nobody uses. `last_used` counts releases; `depth` is its index in its prefix."""
+
+    block_id: int
+    last_used: int
+    num_hits: int
+    depth: int
+
+
+@runtime_checkable
+class Eviction(Protocol):
+    """Which cached, unused block to give away. Smallest score goes first."""
+
+    def score(self, block: BlockView) -> float: ...
+
+
+class TierOption(msgspec.Struct, frozen=True):
+    """One way to take a victim's memory away, and what it costs until the victim is back where it was."""
+
+    mode: Literal["recompute", "swap"]
+    predicted: Cost
+    feasible: bool
+    why_not: str = ""
+
+
+@runtime_checkable
+class Tiering(Protocol):
+    """What becomes of a victim's KV. Must answer the mode of a feasible option."""
+
+    def choose(self, view: EngineView, victim: RequestView, options: Sequence[TierOption]) -> str: ...
+
+
+# ---------------------------------------------------------------------------------- E: decoding
+@runtime_checkable
+class DecodingMethod(Protocol):
+    """How a request turns computed tokens into new ones. `work` offers the next item at full length, or
+    None if there is nothing to compute now; `accept` turns what came back into a commit."""
+
+    def work(self, request: RequestView) -> WorkItem | None: ...
+
+    def accept(self, request: Request, result: ItemResult) -> Commit: ...
+
+
+@runtime_checkable
+class StopRule(Protocol):
+    """Whether a request ends with its newest token. `num_output_tokens` counts that token."""
+
+    def check(self, request: Request, token_id: int, num_output_tokens: int) -> FinishReason | None: ...
+
+
+# ------------------------------------------------------------- the currency, seen from the core
+class CostModel(Protocol):
+    """Predicted cost of work. Pure; a few microseconds a request."""
+
+    def step(self, items: Sequence[WorkItem]) -> Cost:
+        """One step that runs all `items` together."""
+        ...
+
+    def swap(self, num_blocks: int) -> Cost:
+        """Moving `num_blocks` blocks of KV over the host link, one way."""
+        ...
+
+    def block_bytes(self) -> int:
+        """Bytes of KV in one block, over all layers."""
+        ...
