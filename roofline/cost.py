@@ -1,0 +1,330 @@
+"""Time and energy of a step: ``CostModel(shape, hardware).step(rows)``, fast enough to be asked at every step.
+
+Per op: time = launch + max(operations / achieved peak, bytes / achieved bandwidth) + link bytes / link bandwidth.
+The sum over a step has a closed form, since everything but attention depends on the number of tokens alone (those
+sums are remembered per number of tokens) and attention on three sums over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import ceil
+
+from roofline.errors import RooflineError, non_negative
+from roofline.hardware import Hardware, Link
+from roofline.hardware import get as get_hardware
+from roofline.ops import AttentionRates, Op, block_ops, edge_ops, step_ops
+from roofline.power import PowerModel
+from roofline.precision import Precision
+from roofline.rows import Rows, entering, leaving, segments
+from roofline.shapes import Shape
+from roofline.shapes import get as get_shape
+
+# Output tiles that matrix libraries choose from: rows x columns of one multiprocessor's share.
+TILES = ((256, 128), (128, 256), (128, 128), (64, 256), (64, 128), (128, 64), (64, 64), (32, 128), (32, 64), (16, 64))
+CACHE_SHARE = 0.75  # of the last-level cache: beyond it a cyclic read of the weights misses (measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiency:
+    """Which fraction of the data sheet a kernel reaches. ``roofline.fit`` fits these to measurements.
+
+    ``tile_side``: the side of a (square) output tile at which a multiprocessor reaches half of its rate: small
+    tiles read more operands per operation. 0 switches tiles and waves off, as does ``Hardware.units == 1``.
+    ``launch``: seconds per kernel; ``step``: seconds per step outside of kernels.
+    """
+
+    linear_compute: float = 0.9
+    linear_memory: float = 0.8
+    attention_compute: float = 0.6
+    attention_memory: float = 0.75
+    elementwise_memory: float = 0.7
+    link: float = 0.8
+    tile_side: float = 16.0
+    launch: float = 2e-6
+    step: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("linear_compute", "linear_memory", "attention_compute", "attention_memory",
+                     "elementwise_memory", "link"):  # fmt: skip
+            if not 0 < getattr(self, name) <= 1:
+                raise RooflineError(f"efficiency {name} must lie in (0, 1], got {getattr(self, name)!r}")
+        for name in ("tile_side", "launch", "step"):
+            non_negative(f"efficiency {name}", getattr(self, name))
+
+    @classmethod
+    def ideal(cls) -> Efficiency:
+        """Return the data sheet itself: every fraction 1, no launch, no tiles."""
+        return cls(1, 1, 1, 1, 1, 1, 0.0, 0.0, 0.0)
+
+    @classmethod
+    def default(cls, hardware: Hardware) -> Efficiency:
+        """Return round numbers that suit the kind of device: unfitted, to be replaced by measurement."""
+        return cls() if hardware.kind == "gpu" else cls(tile_side=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """One op's time by cause: only the longer of compute and memory counts, so ``seconds`` is not their sum."""
+
+    op: Op
+    seconds: float
+    compute: float
+    memory: float
+    launch: float
+    link: float
+    joules: float
+
+    @property
+    def bound(self) -> str:
+        """What most of the time goes to: compute, memory, launch or link."""
+        return _bound(self.compute if self.compute > self.memory else 0.0,
+                      self.memory if self.memory >= self.compute else 0.0, self.launch, self.link)  # fmt: skip
+
+
+def _bound(compute: float, memory: float, launch: float, link: float) -> str:
+    most = max(compute, memory, launch, link)
+    if most == memory:
+        return "memory"
+    return "compute" if most == compute else "launch" if most == launch else "link"
+
+
+@dataclass(slots=True)
+class Tally:
+    """A running sum of op costs; ``compute`` and ``memory`` hold the time of ops bound by them."""
+
+    seconds: float = 0.0
+    flops: float = 0.0
+    bytes: float = 0.0
+    link_bytes: float = 0.0
+    joules: float = 0.0
+    compute: float = 0.0
+    memory: float = 0.0
+    launch: float = 0.0
+    link: float = 0.0
+
+    def add(self, cost: OpCost, count: float = 1) -> None:
+        """Add ``count`` executions of one op."""
+        self.seconds += count * cost.seconds
+        self.flops += count * cost.op.flops
+        self.bytes += count * cost.op.bytes
+        self.link_bytes += count * cost.op.bytes_link
+        self.joules += count * cost.joules
+        self.launch += count * cost.launch
+        self.link += count * cost.link
+        if cost.compute > cost.memory:
+            self.compute += count * cost.compute
+        else:
+            self.memory += count * cost.memory
+
+    def add_tally(self, other: Tally, count: float) -> None:
+        """Add ``count`` times another sum."""
+        self.seconds += count * other.seconds
+        self.flops += count * other.flops
+        self.bytes += count * other.bytes
+        self.link_bytes += count * other.link_bytes
+        self.joules += count * other.joules
+        self.compute += count * other.compute
+        self.memory += count * other.memory
+        self.launch += count * other.launch
+        self.link += count * other.link
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Predicted cost of one step of a group of ``tp`` devices.
+
+    ``seconds`` is wall time. ``flops``, ``bytes_hbm``, ``bytes_link`` and ``joules`` are sums over the group.
+    ``bound`` names what most of the time goes to: compute, memory, launch or link.
+    """
+
+    seconds: float
+    flops: float
+    bytes_hbm: float
+    bytes_link: float
+    joules: float
+    bound: str
+    model: CostModel = field(repr=False, compare=False)
+    rows: Rows = field(repr=False, compare=False)
+
+    def per_op(self) -> tuple[OpCost, ...]:
+        """Return the cost of every op (worked out now, not during the step)."""
+        return tuple(self.model.op_cost(op) for op in self.model.ops(self.rows))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSeconds:
+    """Seconds of one layer by part, as placement policies compare them."""
+
+    linear: float
+    attention: float
+
+
+class CostModel:
+    """Roofline of one model on one kind of device (``tp`` of them side by side).
+
+    ``dtype`` is a format or a width code (``"fp16"``, ``"w4a16"``, ``"w8a8kv8"``); None takes the device's own.
+    ``mode`` is ``"corrected"`` or ``"llm_viewer"``, which repeats that tool's published formulas (uniform batches
+    only, see :mod:`roofline.llm_viewer`). The device must have every format's unit, else this raises.
+    """
+
+    def __init__(
+        self, shape: Shape | str, hardware: Hardware | str, dtype: str | Precision | None = None, *,
+        mode: str = "corrected", efficiency: Efficiency | None = None, tp: int = 1, power: PowerModel | None = None,
+    ) -> None:  # fmt: skip
+        if mode not in ("corrected", "llm_viewer"):
+            raise RooflineError(f"mode must be 'corrected' or 'llm_viewer', got {mode!r}")
+        self.shape = get_shape(shape)
+        self.hardware = get_hardware(hardware)
+        self.precision = Precision.parse(dtype or self.hardware.default_dtype)
+        self.mode = mode
+        self.tp = tp
+        self.efficiency = efficiency or (
+            Efficiency.default(self.hardware) if mode == "corrected" else Efficiency.ideal()
+        )
+        self.power = power or PowerModel()
+        self.bandwidth = self._bandwidth()
+        self._attention = AttentionRates.of(self.shape, self.precision, tp)
+        self._set_rates()
+        self._blocks: dict[tuple[int, bool, float | None], Tally] = {}
+        self._edges: dict[tuple[int, int], Tally] = {}
+
+    def _bandwidth(self) -> float:
+        """Main memory's bandwidth, or the cache's where it was measured and holds this device's weights."""
+        device = self.hardware
+        weights = self.shape.num_params() * self.precision.weight_bytes / self.tp
+        if device.cache_bandwidth and weights <= CACHE_SHARE * device.onchip_bytes:
+            return device.cache_bandwidth
+        return device.bandwidth
+
+    def _set_rates(self) -> None:
+        device, eff, power = self.hardware, self.efficiency, self.power
+        linear_peak = device.peak_of(self.precision.linear_format)
+        attention_peak = device.peak_of(self.precision.attention_format)
+        vector_peak = device.peak_of("fp32")
+        self._compute = {"linear": linear_peak * eff.linear_compute, "attention": attention_peak * eff.attention_compute,
+                         "elementwise": vector_peak, "collective": vector_peak}  # fmt: skip
+        memory = {"linear": eff.linear_memory, "attention": eff.attention_memory}
+        self._memory = {kind: self.bandwidth * memory.get(kind, eff.elementwise_memory) for kind in self._compute}
+        self._peer = device.link("peer") if self.tp > 1 else Link(float(2**63))
+        self._static_watts = power.static_watts(device)
+        self._per_byte = power.joules_per_byte(device, device.bandwidth * eff.linear_memory)
+        self._per_flop = {kind: power.joules_per_flop(device, peak) for kind, peak in self._compute.items()}
+
+    def op_cost(self, op: Op) -> OpCost:
+        """Return one op's time and energy on one device."""
+        kind = op.kind
+        compute = op.flops / self._compute[kind]
+        if kind == "linear" and self.hardware.units > 1 and self.efficiency.tile_side:
+            compute *= self._tile_penalty(op)
+        memory = op.bytes / self._memory[kind]
+        link = self._link_seconds(op.bytes_link) if op.bytes_link else 0.0
+        launch = self.efficiency.launch
+        seconds = launch + max(compute, memory) + link
+        dynamic = op.flops * self._per_flop[kind] + op.bytes * self._per_byte
+        dynamic = min(dynamic, (self.hardware.tdp - self._static_watts) * seconds)  # a device throttles at its TDP
+        joules = dynamic + op.bytes_link * self.power.joules_per_link_byte + self._static_watts * seconds
+        return OpCost(op, seconds, compute, memory, launch, link, joules)
+
+    def _link_seconds(self, num_bytes: float) -> float:
+        # A ring takes 2 (p - 1) hops one after the other, each with the link's latency.
+        return 2 * (self.tp - 1) * self._peer.latency + num_bytes / (self._peer.bandwidth * self.efficiency.link)
+
+    def _tile_penalty(self, op: Op) -> float:
+        """Return how much longer a product takes because tiles are dealt to multiprocessors in whole waves."""
+        units, side = self.hardware.units, self.efficiency.tile_side
+        useful = op.groups * op.rows * op.columns
+        best = float("inf")
+        for height, width in TILES:
+            tiles = op.groups * ceil(op.rows / height) * ceil(op.columns / width)
+            area = ceil(tiles / units) * units * height * width
+            best = min(best, area * (1 + side * (height + width) / (2 * height * width)))
+        return best / useful
+
+    def ops(self, rows: Rows) -> tuple[Op, ...]:
+        """Return the op list of a step over ``rows`` on one device of the group."""
+        if self.mode == "llm_viewer":
+            from roofline.llm_viewer import step_ops as viewer_ops
+
+            found: tuple[Op, ...] = viewer_ops(self.shape, rows, self.precision, self.hardware)
+            return found
+        return step_ops(self.shape, rows, self.precision, self.tp)
+
+    def step(self, rows: Rows) -> StepCost:
+        """Return the cost of one step. 32 rows take some 10 us once their number of tokens was seen before."""
+        total = Tally()
+        if self.mode == "llm_viewer":
+            for op in self.ops(rows):
+                total.add(self.op_cost(op), op.count)
+            return self._result(total, rows)
+        if rows.layers is None:
+            if rows.query:
+                self._add_segment(total, 0, self.shape.num_layers, rows)
+        else:
+            for part in segments(rows, self.shape.num_layers):
+                self._add_segment(total, part.start, part.stop, part.rows)
+        total.add_tally(self._edge(entering(rows), leaving(rows, self.shape.num_layers)), 1)
+        return self._result(total, rows)
+
+    def _result(self, total: Tally, rows: Rows) -> StepCost:
+        pause = self.efficiency.step if rows.query else 0.0
+        bound = _bound(total.compute, total.memory, total.launch + pause, total.link)
+        joules = total.joules + pause * self._static_watts
+        n = self.tp
+        return StepCost(
+            total.seconds + pause, n * total.flops, n * total.bytes, n * total.link_bytes, n * joules, bound, self, rows
+        )
+
+    def _add_segment(self, total: Tally, start: int, stop: int, rows: Rows) -> None:
+        count = stop - start
+        tokens = sum(rows.query)
+        moe = self.shape.moe_layers(start, stop)
+        if moe < count:
+            total.add_tally(self._block(tokens, False, None), count - moe)
+        if moe:
+            total.add_tally(self._block(tokens, True, rows.experts), moe)
+        total.add(self.op_cost(self._attention.op(tokens, sum(rows.kv), rows.total_pairs())), count)
+
+    def _block(self, tokens: int, moe: bool, experts: float | None) -> Tally:
+        """Return one layer without its attention, remembered per number of tokens."""
+        key = (tokens, moe, experts)
+        found = self._blocks.get(key)
+        if found is None:
+            found = self._sum(block_ops(self.shape, tokens, self.precision, self.tp, moe, experts))
+            self._blocks[key] = found
+        return found
+
+    def _edge(self, entering: int, leaving: int) -> Tally:
+        key = (entering, leaving)
+        found = self._edges.get(key)
+        if found is None:
+            found = self._sum(edge_ops(self.shape, entering, leaving, self.precision, self.tp))
+            self._edges[key] = found
+        return found
+
+    def _sum(self, found: Iterable[Op]) -> Tally:
+        total = Tally()
+        for op in found:
+            total.add(self.op_cost(op), op.count)
+        return total
+
+    def layer_seconds(self, rows: Rows, layer: int | None = None) -> LayerSeconds:
+        """Return the seconds of one layer (the last one by default): linears with their norms, and attention."""
+        layer = self.shape.num_layers - 1 if layer is None else layer
+        attention = self.op_cost(self._attention.op(rows.tokens, sum(rows.kv), rows.total_pairs())).seconds
+        moe = self.shape.is_moe(layer)
+        return LayerSeconds(self._block(rows.tokens, moe, rows.experts if moe else None).seconds, attention)
+
+    def transfer_seconds(self, num_bytes: float, link: str = "host") -> float:
+        """Return the seconds to move ``num_bytes`` over one of the device's links (``host``, ``peer``, ``net``)."""
+        return transfer_seconds(num_bytes, self.hardware.link(link))
+
+    def kv_bytes(self, tokens: int) -> float:
+        """Return the cache bytes of ``tokens`` tokens over all layers, on all devices of the group together."""
+        return tokens * self.shape.num_layers * self.shape.kv_elements * self.precision.kv_bytes
+
+
+def transfer_seconds(num_bytes: float, link: Link) -> float:
+    """Return the seconds that moving ``num_bytes`` over ``link`` takes."""
+    return link.seconds(num_bytes)
