@@ -24,7 +24,22 @@ _HOME = {
     "RooflineError": "errors", "Hardware": "hardware", "Link": "hardware", "Op": "ops", "step_ops": "ops",
     "PowerModel": "power", "Precision": "precision", "Rows": "rows", "Shape": "shapes",
 }  # fmt: skip
-__all__ = list(_HOME)
+__all__ = [
+    "CostModel",
+    "Efficiency",
+    "Hardware",
+    "Link",
+    "Op",
+    "OpCost",
+    "PowerModel",
+    "Precision",
+    "RooflineError",
+    "Rows",
+    "Shape",
+    "StepCost",
+    "step_ops",
+    "transfer_seconds",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ from roofline.shapes import get as get_shape
 
 # Output tiles that matrix libraries choose from: rows x columns of one multiprocessor's share.
 TILES = ((256, 128), (128, 256), (128, 128), (64, 256), (64, 128), (128, 64), (64, 64), (32, 128), (32, 64), (16, 64))
+MODES = ("corrected", "llm_viewer", "llm_viewer_flash")
 CACHE_SHARE = 0.75  # of the last-level cache: beyond it a cyclic read of the weights misses (measured)
 
 
@@ -62,6 +63,20 @@ class Efficiency:
     def default(cls, hardware: Hardware) -> Efficiency:
         """Return round numbers that suit the kind of device: unfitted, to be replaced by measurement."""
         return cls() if hardware.kind == "gpu" else cls(tile_side=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class OpEnergy:
+    """Dynamic joules of one op by cause."""
+
+    compute: float
+    memory: float
+    link: float
+
+    @property
+    def total(self) -> float:
+        """Sum of the three."""
+        return self.compute + self.memory + self.link
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,16 +180,17 @@ class CostModel:
     """Roofline of one model on one kind of device (``tp`` of them side by side).
 
     ``dtype`` is a format or a width code (``"fp16"``, ``"w4a16"``, ``"w8a8kv8"``); None takes the device's own.
-    ``mode`` is ``"corrected"`` or ``"llm_viewer"``, which repeats that tool's published formulas (uniform batches
-    only, see :mod:`roofline.llm_viewer`). The device must have every format's unit, else this raises.
+    ``mode`` is ``"corrected"``, or ``"llm_viewer"`` / ``"llm_viewer_flash"``, which repeat that tool's published
+    formulas without and with its fused attention (uniform batches only, see :mod:`roofline.llm_viewer`). The device
+    must have every format's unit, else this raises.
     """
 
     def __init__(
         self, shape: Shape | str, hardware: Hardware | str, dtype: str | Precision | None = None, *,
         mode: str = "corrected", efficiency: Efficiency | None = None, tp: int = 1, power: PowerModel | None = None,
     ) -> None:  # fmt: skip
-        if mode not in ("corrected", "llm_viewer"):
-            raise RooflineError(f"mode must be 'corrected' or 'llm_viewer', got {mode!r}")
+        if mode not in MODES:
+            raise RooflineError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.shape = get_shape(shape)
         self.hardware = get_hardware(hardware)
         self.precision = Precision.parse(dtype or self.hardware.default_dtype)
@@ -194,23 +210,35 @@ class CostModel:
         """Main memory's bandwidth, or the cache's where it was measured and holds this device's weights."""
         device = self.hardware
         weights = self.shape.num_params() * self.precision.weight_bytes / self.tp
-        if device.cache_bandwidth and weights <= CACHE_SHARE * device.onchip_bytes:
+        if self.mode == "corrected" and device.cache_bandwidth and weights <= CACHE_SHARE * device.onchip_bytes:
             return device.cache_bandwidth
         return device.bandwidth
 
     def _set_rates(self) -> None:
         device, eff, power = self.hardware, self.efficiency, self.power
-        linear_peak = device.peak_of(self.precision.linear_format)
-        attention_peak = device.peak_of(self.precision.attention_format)
-        vector_peak = device.peak_of("fp32")
-        self._compute = {"linear": linear_peak * eff.linear_compute, "attention": attention_peak * eff.attention_compute,
-                         "elementwise": vector_peak, "collective": vector_peak}  # fmt: skip
+        self._compute = self._compute_rates()
         memory = {"linear": eff.linear_memory, "attention": eff.attention_memory}
         self._memory = {kind: self.bandwidth * memory.get(kind, eff.elementwise_memory) for kind in self._compute}
         self._peer = device.link("peer") if self.tp > 1 else Link(float(2**63))
-        self._static_watts = power.static_watts(device)
+        self.static_watts = power.static_watts(device)
         self._per_byte = power.joules_per_byte(device, device.bandwidth * eff.linear_memory)
         self._per_flop = {kind: power.joules_per_flop(device, peak) for kind, peak in self._compute.items()}
+
+    def _compute_rates(self) -> dict[str, float]:
+        """Return the achieved operations per second of each kind of op."""
+        device, eff, precision = self.hardware, self.efficiency, self.precision
+        if self.mode != "corrected":
+            from roofline.llm_viewer import compute_format
+
+            peak = device.peak_of(compute_format(precision))  # the tool charges every op to one unit
+            return {"linear": peak, "attention": peak, "elementwise": peak, "collective": peak}
+        vector = device.peak_of("fp32")
+        return {
+            "linear": device.peak_of(precision.linear_format) * eff.linear_compute,
+            "attention": device.peak_of(precision.attention_format) * eff.attention_compute,
+            "elementwise": vector,
+            "collective": vector,
+        }
 
     def op_cost(self, op: Op) -> OpCost:
         """Return one op's time and energy on one device."""
@@ -222,10 +250,17 @@ class CostModel:
         link = self._link_seconds(op.bytes_link) if op.bytes_link else 0.0
         launch = self.efficiency.launch
         seconds = launch + max(compute, memory) + link
-        dynamic = op.flops * self._per_flop[kind] + op.bytes * self._per_byte
-        dynamic = min(dynamic, (self.hardware.tdp - self._static_watts) * seconds)  # a device throttles at its TDP
-        joules = dynamic + op.bytes_link * self.power.joules_per_link_byte + self._static_watts * seconds
+        joules = self.op_energy(op, seconds).total + self.static_watts * seconds
         return OpCost(op, seconds, compute, memory, launch, link, joules)
+
+    def op_energy(self, op: Op, seconds: float) -> OpEnergy:
+        """Return the dynamic joules of one op that takes ``seconds``: a device throttles at its TDP."""
+        compute, memory = op.flops * self._per_flop[op.kind], op.bytes * self._per_byte
+        allowed = (self.hardware.tdp - self.static_watts) * seconds
+        if compute + memory > allowed:
+            share = allowed / (compute + memory)
+            compute, memory = compute * share, memory * share
+        return OpEnergy(compute, memory, op.bytes_link * self.power.joules_per_link_byte)
 
     def _link_seconds(self, num_bytes: float) -> float:
         # A ring takes 2 (p - 1) hops one after the other, each with the link's latency.
@@ -244,17 +279,19 @@ class CostModel:
 
     def ops(self, rows: Rows) -> tuple[Op, ...]:
         """Return the op list of a step over ``rows`` on one device of the group."""
-        if self.mode == "llm_viewer":
+        if self.mode != "corrected":
             from roofline.llm_viewer import step_ops as viewer_ops
 
-            found: tuple[Op, ...] = viewer_ops(self.shape, rows, self.precision, self.hardware)
+            found: tuple[Op, ...] = viewer_ops(
+                self.shape, rows, self.precision, self.hardware, flash=self.mode == "llm_viewer_flash"
+            )
             return found
         return step_ops(self.shape, rows, self.precision, self.tp)
 
     def step(self, rows: Rows) -> StepCost:
         """Return the cost of one step. 32 rows take some 10 us once their number of tokens was seen before."""
         total = Tally()
-        if self.mode == "llm_viewer":
+        if self.mode != "corrected":
             for op in self.ops(rows):
                 total.add(self.op_cost(op), op.count)
             return self._result(total, rows)
@@ -270,7 +307,7 @@ class CostModel:
     def _result(self, total: Tally, rows: Rows) -> StepCost:
         pause = self.efficiency.step if rows.query else 0.0
         bound = _bound(total.compute, total.memory, total.launch + pause, total.link)
-        joules = total.joules + pause * self._static_watts
+        joules = total.joules + pause * self.static_watts
         n = self.tp
         return StepCost(
             total.seconds + pause, n * total.flops, n * total.bytes, n * total.link_bytes, n * joules, bound, self, rows
@@ -311,6 +348,8 @@ class CostModel:
 
     def layer_seconds(self, rows: Rows, layer: int | None = None) -> LayerSeconds:
         """Return the seconds of one layer (the last one by default): linears with their norms, and attention."""
+        if self.mode != "corrected":
+            raise RooflineError(f"layer_seconds needs mode 'corrected', this model runs in {self.mode!r}")
         layer = self.shape.num_layers - 1 if layer is None else layer
         attention = self.op_cost(self._attention.op(rows.tokens, sum(rows.kv), rows.total_pairs())).seconds
         moe = self.shape.is_moe(layer)
@@ -328,3 +367,22 @@ class CostModel:
 def transfer_seconds(num_bytes: float, link: Link) -> float:
     """Return the seconds that moving ``num_bytes`` over ``link`` takes."""
     return link.seconds(num_bytes)
+
+
+def turning_rows(
+    columns: float, depth: float, precision: Precision, hardware: Hardware, efficiency: Efficiency | None = None
+) -> float:
+    """Return the rows from which a ``depth x columns`` linear is bound by compute (infinity if it never is).
+
+    Follows from 2 m n k / P = ((k + n) m b_a + k n b_w) / B. For large matrices it tends to
+    :func:`turning_rows_limit`. Without ``efficiency`` the data sheet's rates are taken.
+    """
+    eff = efficiency or Efficiency.ideal()
+    ridge = hardware.ridge(precision.linear_format) * eff.linear_compute / eff.linear_memory
+    room = 2 * columns * depth - ridge * (columns + depth) * precision.act_bytes
+    return ridge * columns * depth * precision.weight_bytes / room if room > 0 else float("inf")
+
+
+def turning_rows_limit(precision: Precision, hardware: Hardware) -> float:
+    """Return the rows at which reading the weights alone takes as long as multiplying: ridge x weight bytes / 2."""
+    return hardware.ridge(precision.linear_format) * precision.weight_bytes / 2

@@ -1,7 +1,7 @@
 """The op list: what a ragged batch makes one device of a (tensor-parallel) group compute and move.
 
-``block_ops`` needs only the number of tokens, ``attention_ops`` only sums over rows, ``edge_ops`` only the tokens
-that enter and leave. ``step_ops`` puts them together for any batch; the cost model adds the same three up in closed form.
+``block_ops`` needs only the number of tokens, ``AttentionRates`` only sums over rows, ``edge_ops`` only the tokens that
+enter and leave. ``step_ops`` puts them together for any batch; the cost model adds the same three up in closed form.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import le, mul
 
 from roofline.errors import RooflineError
@@ -119,7 +120,7 @@ def segments(rows: Rows, num_layers: int) -> list[Segment]:
         raise RooflineError(f"layers: the span {late[0]} ends beyond the model's {num_layers} layers")
     cuts = sorted({edge for span in rows.layers for edge in span})
     found = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         active = [i for i, (lo, hi) in enumerate(rows.layers) if lo <= start and stop <= hi]
         if active:
             found.append(Segment(start, stop, rows.take(active)))
