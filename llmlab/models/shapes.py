@@ -509,7 +509,7 @@ def to_hf_config(shape: ModelShape) -> dict[str, Any]:
         "hidden_activation": activation,
         "attention_bias": shape.output_bias,
         "mlp_bias": shape.mlp_bias,
-        "query_pre_attn_scalar": round(shape.query_scale**-2, 6),
+        "query_pre_attn_scalar": round(shape.query_scale**-2),
         "attn_logit_softcapping": shape.attn_softcap,
         "final_logit_softcapping": shape.final_softcap,
         "torch_dtype": shape.dtype,
