@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence as AbstractSequence
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as AbstractSequence
 from enum import StrEnum
+from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -108,9 +110,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         self._check_floats()
 
     def _normalise(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop)
         msgspec.structs.force_setattr(self, "stop", stop)
-        msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        msgspec.structs.force_setattr(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise RequestError("stop", text, "must be a non-empty string", "Leave it out to switch it off.")
@@ -125,7 +127,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise RequestError("min_tokens", self.min_tokens, f"is above max_tokens={self.max_tokens}",
                                "Lower min_tokens or raise max_tokens.")
         if self.seed is not None and not _is_int(self.seed):
-            raise RequestError("seed", self.seed, "must be an integer or None")
+            raise RequestError("seed", self.seed, "must be an integer of 64 bits or None",
+                               "None leaves it to the engine's seed.")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError("ignore_eos", self.ignore_eos, "must be True or False", "True generates past the end.")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0)
@@ -143,6 +148,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "1 switches it off.")
         if self.repetition_penalty == 0.0:
             raise RequestError("repetition_penalty", 0.0, "divides by zero", "1 switches it off.")
+        if not isinstance(self.logit_bias, (Mapping, NoneType)):
+            raise RequestError("logit_bias", self.logit_bias, "must map token ids to numbers",
+                               "Write {token_id: bias}.")
         for token, bias in (self.logit_bias or {}).items():
             _integer("logit_bias", token, 0)
             _number(f"logit_bias[{token}]", bias, -math.inf, math.inf, "Give a number; -100 all but forbids a token.")
@@ -157,20 +165,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63  # as a log holds it
 
 
 def _integer(field: str, value: object, low: int) -> None:
     if not _is_int(value):
-        raise RequestError(field, value, "must be an integer")
+        raise RequestError(field, value, "must be an integer of 64 bits", f"Give {low} or more.")
     if value < low:  # type: ignore[operator]
-        raise RequestError(field, value, f"must be at least {low}")
+        raise RequestError(field, value, f"must be at least {low}", f"Give {low} or more.")
+
+
+def _tuple(field: str, value: object) -> tuple[Any, ...]:
+    if value is not None and not isinstance(value, Iterable):
+        raise RequestError(field, value, "must be a list", f"Write {field}=[...].")
+    return () if value is None else tuple(value)
 
 
 def _number(field: str, value: object, low: float, high: float, way_out: str) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise RequestError(field, value, "must be a number", way_out)
-    if math.isnan(value) or math.isinf(value):
+    if not (math.isfinite(value) if isinstance(value, float) else _is_int(value)):
         raise RequestError(field, value, "must be a finite number", way_out)
     if not low <= value <= high:
         raise RequestError(field, value, f"must lie in [{low:g}, {high:g}]", way_out)
