@@ -1,0 +1,36 @@
+"""llmlab: the lab bench of LLM inference. Ten public names, loaded when they are first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llmlab.assembly import register
+    from llmlab.config import EngineConfig
+    from llmlab.engine import Engine
+    from llmlab.events.trace import Run
+    from llmlab.llm import LLM
+    from llmlab.running import run
+    from llmlab.types import LabError, Request, SamplingParams
+    from llmlab.workloads.workload import Workload
+
+_HOME = {
+    "LLM": "llmlab.llm", "SamplingParams": "llmlab.types", "Engine": "llmlab.engine",
+    "EngineConfig": "llmlab.config", "run": "llmlab.running", "Run": "llmlab.events.trace",
+    "Workload": "llmlab.workloads.workload", "register": "llmlab.assembly", "LabError": "llmlab.types",
+    "Request": "llmlab.types",
+}  # fmt: skip
+__all__ = ["LLM", "Engine", "EngineConfig", "LabError", "Request", "Run", "SamplingParams", "Workload", "register", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'llmlab' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

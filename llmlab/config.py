@@ -76,12 +76,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if not 0 <= self.log_level <= 4:
             raise ConfigError("log_level", self.log_level, "must be 0 to 4",
                               "0 metrics, 1 lifecycle, 2 decisions, 3 blocks, 4 kernels.")  # fmt: skip
-        if not isinstance(self.policy_timeout, (int, float)) or math.isnan(self.policy_timeout) or self.policy_timeout <= 0:
+        timeout = self.policy_timeout
+        if not isinstance(timeout, (int, float)) or math.isnan(timeout) or timeout <= 0:
             raise ConfigError("policy_timeout", self.policy_timeout, "must be a positive number of seconds")
         if not isinstance(self.seed, int):
             raise ConfigError("seed", self.seed, "must be an integer")
         if not isinstance(self.model, str) or not self.model:
-            raise ConfigError("model", self.model, "must be a name or a directory", "`llmlab models` lists the shipped ones.")
+            raise ConfigError("model", self.model, "must be a name or a directory",
+                              "`llmlab models` lists the shipped ones.")  # fmt: skip
 
     def _at_least(self, name: str, low: int) -> None:
         value = getattr(self, name)
@@ -95,7 +97,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def describe(self) -> dict[str, Any]:
         """Plain data for the first event of a run; plug-in objects appear under their names."""
         values = {name: getattr(self, name) for name in self.__struct_fields__}
-        return {name: policy_name(v) if name in SEAM_FIELDS and not isinstance(v, str) else v for name, v in values.items()}
+        for name in SEAM_FIELDS:
+            values[name] = values[name] if isinstance(values[name], str) else policy_name(values[name])
+        return values
 
 
 def engine_config(**fields: Any) -> EngineConfig:

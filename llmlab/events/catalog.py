@@ -253,6 +253,7 @@ class StepFinished(Event, frozen=True, tag=True):
     measured: Durations = Durations()
     state_hash: int = 0
     blocks_hash: int = 0
+    num_tokens: int = 0
     num_running: int = 0
     num_waiting: int = 0
     used_blocks: int = 0

@@ -39,7 +39,7 @@ class EventLog:
     def __init__(self, clock: Clock, level: int = 2, capacity: int = DEFAULT_CAPACITY, instance: int = 0,
                  sinks: tuple[Sink, ...] = (), on_drop: Callable[[Event], None] | None = None) -> None:  # fmt: skip
         if not 0 <= level <= 4:
-            raise ConfigError("log_level", level, "must be 0 to 4", "0 metrics, 1 lifecycle, 2 decisions, 3 blocks, 4 kernels.")
+            raise ConfigError("log_level", level, "must be 0 to 4")
         if capacity < 1:
             raise ConfigError("log_capacity", capacity, "must be at least 1")
         self.level = level

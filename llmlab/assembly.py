@@ -1,0 +1,251 @@
+"""Putting an engine together from its configuration: model, executor, memory, policies, log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmlab.clock import Clock, RealClock, VirtualClock
+from llmlab.config import EngineConfig
+from llmlab.decoding.autoregressive import DECODING_METHODS, TokenStop
+from llmlab.events import catalog as ev
+from llmlab.events.log import EventLog, Sink
+from llmlab.events.metrics import MetricsFold
+from llmlab.events.tracefile import TraceWriter
+from llmlab.execution.base import Executor
+from llmlab.execution.cost import RooflineCost
+from llmlab.execution.sim_executor import PseudoTokens, SimExecutor
+from llmlab.memory.eviction import EVICTIONS
+from llmlab.memory.kv_manager import KVManager
+from llmlab.memory.tiers import TIERINGS
+from llmlab.registry import Registry
+from llmlab.scheduling.admission import ADMISSIONS
+from llmlab.scheduling.composers import COMPOSERS
+from llmlab.scheduling.ordering import ORDERINGS
+from llmlab.scheduling.placement import PLACEMENTS
+from llmlab.scheduling.preemption import VICTIMS
+from llmlab.scheduling.scheduler import Policies, Scheduler
+from llmlab.scheduling.seamcalls import Seam, checked_key, unchecked
+from llmlab.seams import BlockView, CostModel, Eviction, Limits
+from llmlab.types import ConfigError
+from roofline import hardware as hw
+from roofline import shapes
+from roofline.errors import RooflineError
+
+if TYPE_CHECKING:
+    from llmlab.models.loader import LoadedModel
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "ordering": ORDERINGS, "admission": ADMISSIONS, "composer": COMPOSERS, "victim": VICTIMS,
+    "placement": PLACEMENTS, "eviction": EVICTIONS, "tiering": TIERINGS, "decoding": DECODING_METHODS,
+}  # fmt: skip
+# The KV pool of a real engine, if nobody says how large: enough for the lab models, harmless for large ones.
+DEFAULT_KV_BYTES = 512 << 20
+SIM_KV_SHARE = 0.9  # of device memory, for weights and KV together (vLLM's gpu_memory_utilization)
+
+
+class ModelFacts(NamedTuple):
+    """What the core must know of a model."""
+
+    name: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    shape: shapes.Shape
+
+
+class Assembly(NamedTuple):
+    """The parts of one engine, wired."""
+
+    scheduler: Scheduler
+    executor: Executor
+    clock: Clock
+    log: EventLog
+    tokenizer: Any
+    metrics: MetricsFold
+    model: ModelFacts
+    limits: Limits
+
+
+class Backend(NamedTuple):
+    """A model and the machine that it runs on, before any request."""
+
+    model: ModelFacts
+    cost: CostModel
+    hardware: hw.Hardware
+    tokenizer: Any
+    loaded: LoadedModel | None
+    bytes_per_token: float
+
+
+def register(seam: str, name: str, factory: Any) -> None:
+    """Make a plug-in known by name, for configurations and the command line. Registering again replaces it."""
+    if seam not in REGISTRIES:
+        from llmlab.types import unknown_name
+
+        raise unknown_name("seam", seam, REGISTRIES)
+    REGISTRIES[seam].register(name, factory)
+
+
+def assemble(config: EngineConfig) -> Assembly:
+    """All parts of an engine. Raises ConfigError or ModelError."""
+    for seam, registry in REGISTRIES.items():
+        registry.resolve(getattr(config, seam))  # names are checked before a model is loaded
+    clock: Clock = RealClock() if config.executor == "torch" else VirtualClock()
+    backend = _torch_backend(config) if config.executor == "torch" else _sim_backend(config)
+    num_blocks = config.num_blocks or _default_num_blocks(config, backend)
+    num_host_blocks = num_blocks if config.num_host_blocks is None else config.num_host_blocks
+    limits = _limits(config, backend.model, num_blocks)
+    metrics = MetricsFold()
+    log = _log(config, clock, metrics)
+    executor = _executor(config, backend, clock, num_blocks, num_host_blocks)
+    memory = KVManager(num_blocks, num_host_blocks, config.block_size, config.enable_prefix_caching, log,
+                       _eviction_chooser(config, log))  # fmt: skip
+    scheduler = Scheduler(_policies(config, log), memory, backend.cost, log, limits, config.view_cap,
+                          config.num_alternatives)  # fmt: skip
+    effective = {**config.describe(), "num_blocks": num_blocks, "num_host_blocks": num_host_blocks,
+                 "max_model_len": limits.max_model_len}  # fmt: skip
+    _announce(log, config, backend, executor, effective)
+    return Assembly(scheduler, executor, clock, log, backend.tokenizer, metrics, backend.model, limits)
+
+
+def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: Executor, effective: dict[str, Any]) -> None:
+    from llmlab import __version__
+
+    model, device = backend.model, backend.hardware
+    log.emit(
+        ev.RunStarted, mode=executor.mode, config=effective, code=__version__, seed=config.seed, level=config.log_level,
+        hardware={"name": device.name, "bandwidth": device.bandwidth, **executor.describe()},
+        model={"name": model.name, "vocab_size": model.vocab_size, "eos_token_ids": list(model.eos_token_ids),
+               "num_layers": model.shape.num_layers, "kv_bytes_per_token": backend.bytes_per_token},
+    )  # fmt: skip
+
+
+def _log(config: EngineConfig, clock: Clock, metrics: MetricsFold) -> EventLog:
+    sinks: list[Sink] = [metrics]
+    if config.trace is not None:
+        sinks.append(TraceWriter(config.trace))
+    return EventLog(clock, config.log_level, config.log_capacity, sinks=tuple(sinks))
+
+
+def _limits(config: EngineConfig, model: ModelFacts, num_blocks: int) -> Limits:
+    """The longest request is bounded by the model, the configuration and the whole pool."""
+    if config.max_model_len is not None and config.max_model_len > model.max_model_len:
+        raise ConfigError("max_model_len", config.max_model_len, f"{model.name} was made for {model.max_model_len} tokens",
+                          f"Choose at most {model.max_model_len}, or leave it out.")  # fmt: skip
+    longest = min(config.max_model_len or model.max_model_len, num_blocks * config.block_size)
+    return Limits(config.max_num_seqs, config.max_num_batched_tokens, longest)
+
+
+def _policies(config: EngineConfig, log: EventLog) -> Policies:
+    def seam(name: str, default: str) -> Seam[Any]:
+        registry = REGISTRIES[name]
+        return Seam(name, registry.resolve(getattr(config, name)), registry.resolve(default), log, config.policy_timeout)
+
+    return Policies(
+        seam("ordering", "fcfs"), seam("admission", "prompt_fits"), seam("composer", "chunked"),
+        seam("victim", "last_come"), seam("placement", "device_only"), seam("tiering", "recompute"),
+        DECODING_METHODS.resolve(config.decoding), TokenStop(),
+    )  # fmt: skip
+
+
+def _eviction_chooser(config: EngineConfig, log: EventLog) -> Any:
+    """Index of the block to evict among the given views; logged with its alternatives at level 3."""
+    seam: Seam[Eviction] = Seam("eviction", EVICTIONS.resolve(config.eviction), EVICTIONS.resolve("lru"), log,
+                                config.policy_timeout)  # fmt: skip
+
+    def choose(blocks: Sequence[BlockView]) -> int:
+        scores = seam.ask(lambda p: [checked_key(p.score(b)) for b in blocks], unchecked)
+        best = min(range(len(blocks)), key=lambda i: (scores[i], i))
+        if log.level >= 3:
+            log.emit(ev.Decision, seam="eviction", policy=seam.policy_name, chosen=f"block {blocks[best].block_id}",
+                     num_candidates=len(blocks), reason=f"smallest score {scores[best][0]:g}",
+                     alternatives=tuple(ev.Alternative(f"block {b.block_id}", scores[i][0])
+                                        for i, b in enumerate(blocks) if i != best)[: config.num_alternatives])  # fmt: skip
+        return best
+
+    return choose
+
+
+# ----------------------------------------------------------------------------------------- backends
+def _torch_backend(config: EngineConfig) -> Backend:
+    import torch
+
+    from llmlab.kernels.dispatch import make_kernels
+    from llmlab.models.loader import load_model
+
+    device = _device(config, torch)
+    dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
+    kernels = make_kernels(config.kernels, device, _torch_dtype(torch, dtype), config.num_threads)
+    loaded = load_model(config.model, dtype, device, kernels, config.random_weights, config.seed, config.max_model_len)
+    shape = _roofline_shape(loaded)
+    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(loaded.dtype).removeprefix("torch.")]
+    machine = _hardware(config.hardware or ("cpu-2core" if device == "cpu" else "a10"))
+    precision = precision if precision in machine.peak else machine.default_dtype
+    facts = ModelFacts(loaded.name, shape.vocab_size, loaded.max_model_len, loaded.eos_token_ids, shape)
+    tokenizer = loaded.tokenizer if hasattr(loaded.tokenizer, "vocab_size") else None
+    cost = RooflineCost(shape, machine, config.block_size, precision)
+    return Backend(facts, cost, machine, tokenizer, loaded, shape.kv_bytes_per_token(precision))
+
+
+def _device(config: EngineConfig, torch: Any) -> str:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "torch sees no CUDA device here", "Use device='cpu' or executor='sim'.")
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
+def _torch_dtype(torch: Any, name: str) -> Any:
+    return torch.float16 if name == "auto" else getattr(torch, name)
+
+
+def _roofline_shape(loaded: LoadedModel) -> shapes.Shape:
+    shape = loaded.shape
+    return shapes.Shape(
+        loaded.name, shape.hidden_size, shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim,
+        shape.intermediate_size, shape.vocab_size, tied=shape.tie_word_embeddings, qk_norm=shape.qk_norm,
+        num_experts=shape.num_experts, top_k=shape.top_k, moe_intermediate_size=shape.moe_intermediate_size,
+    )  # fmt: skip
+
+
+def _sim_backend(config: EngineConfig) -> Backend:
+    machine = _hardware(config.hardware or "t4")
+    try:
+        shape = shapes.get(config.model)
+    except RooflineError as error:
+        raise ConfigError("model", config.model, str(error), "Name a known shape for the simulator.") from None
+    dtype = {"auto": machine.default_dtype, "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[config.dtype]
+    cost = RooflineCost(shape, machine, config.block_size, dtype)
+    facts = ModelFacts(shape.name, shape.vocab_size, config.max_model_len or 1 << 20, (shape.vocab_size - 1,), shape)
+    return Backend(facts, cost, machine, None, None, shape.kv_bytes_per_token(dtype))
+
+
+def _hardware(name: str) -> hw.Hardware:
+    try:
+        return hw.get(name)
+    except RooflineError as error:
+        raise ConfigError("hardware", name, str(error), f"Known: {', '.join(hw.names())}.") from None
+
+
+def _default_num_blocks(config: EngineConfig, backend: Backend) -> int:
+    per_block = backend.bytes_per_token * config.block_size
+    if backend.loaded is not None:
+        most = config.max_num_seqs * -(-backend.model.max_model_len // config.block_size)
+        return max(1, min(most, int(DEFAULT_KV_BYTES // per_block)))
+    weights = backend.model.shape.weight_bytes()
+    free = SIM_KV_SHARE * backend.hardware.memory_bytes - weights
+    if free < per_block:
+        raise ConfigError("model", config.model, f"its weights need {weights / 1e9:.1f} GB, {backend.hardware.name} has "
+                          f"{backend.hardware.memory_bytes / 1e9:.1f} GB", "Choose a larger device or a smaller model.")  # fmt: skip
+    return int(free // per_block)
+
+
+def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: int, num_host_blocks: int) -> Executor:
+    if backend.loaded is None:
+        tokens = PseudoTokens(backend.model.vocab_size, config.seed)
+        return SimExecutor(backend.cost, tokens, clock, {"device": backend.hardware.name})
+    from llmlab.execution.torch_executor import TorchExecutor
+
+    return TorchExecutor(backend.loaded, num_blocks, num_host_blocks, config.block_size, config.seed,
+                         asynchronous=config.overlap_depth > 0)  # fmt: skip

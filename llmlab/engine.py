@@ -1,0 +1,238 @@
+"""The engine: one loop around a pure scheduler and an executor.
+
+    ingest -> schedule -> submit -> (collect -> commit) -> outputs
+
+`overlap_depth` steps may be in flight while the next is planned: 0 is synchronous, 1 hides the scheduler and the
+detokenizer behind the executor. The same code drives the real and the simulated executor.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from llmlab.assembly import Assembly, assemble
+from llmlab.config import EngineConfig, engine_config
+from llmlab.events import catalog as ev
+from llmlab.events.metrics import RequestMetrics
+from llmlab.execution.base import StepBatch, Ticket, row_of
+from llmlab.outputs import AnswerState, RequestOutput
+from llmlab.prompts import Prompt, checked_token_ids, token_ids_of
+from llmlab.scheduling.scheduler import Update
+from llmlab.types import FinishReason, Request, RequestError, SamplingParams, StepPlan, StepResult
+
+
+class Engine:
+    """A complete engine. `Engine(config)` or `Engine(model="lab-s", block_size=16, ...)`.
+
+    Not thread-safe: one thread adds, aborts and steps. Raises ConfigError or ModelError on construction,
+    RequestError on requests that cannot be served; whatever else runs goes on.
+    """
+
+    def __init__(self, config: EngineConfig | None = None, **fields: Any) -> None:
+        self.config = config if config is not None else engine_config(**fields)
+        parts: Assembly = assemble(self.config)
+        self.scheduler = parts.scheduler
+        self.executor = parts.executor
+        self.clock = parts.clock
+        self.log = parts.log
+        self.tokenizer = parts.tokenizer
+        self.metrics = parts.metrics
+        self.model = parts.model
+        self.limits = parts.limits
+        self._future: list[tuple[float, int, Request]] = []
+        self._answers: dict[str, AnswerState] = {}
+        self._groups: dict[str, list[str]] = {}
+        self._forget: list[str] = []
+        self._inflight: deque[tuple[StepPlan, Ticket]] = deque()
+        self._schedule_seconds: dict[int, float] = {}
+        self._commit_seconds = 0.0
+        self._num_requests = 0
+        self._closed = False
+
+    # -------------------------------------------------------------------------------- requests
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None,
+                    arrival: float | None = None, priority: int = 0, deadline: float | None = None,
+                    session: str | None = None, metadata: Mapping[str, Any] | None = None) -> str:  # fmt: skip
+        """Queue a prompt; the request's id. `arrival` (seconds of the run's clock) may lie in the future.
+
+        Prompts: text, token ids, chat messages, or {"prompt_token_ids": [...]}. Raises RequestError.
+        """
+        params = params or SamplingParams()
+        request_id = f"r{self._num_requests}" if request_id is None else request_id
+        if request_id in self._answers or request_id in self._groups:
+            raise RequestError("request_id", request_id, "is already in use", "Choose another id.")
+        try:
+            ids = checked_token_ids(token_ids_of(prompt, self.tokenizer), self.model.vocab_size, self.limits)
+        except RequestError as error:
+            self.log.emit(ev.RequestRefused, request_id, reason=str(error))
+            raise
+        longest = self.limits.max_model_len
+        total = min(longest, len(ids) + params.max_tokens if params.max_tokens is not None else longest)
+        template = Request(
+            request_id, 0, ids, params, self.clock.now() if arrival is None else arrival, priority, deadline, session,
+            max_total_tokens=total, eos_token_ids=self.model.eos_token_ids, metadata=metadata or {},
+        )  # fmt: skip
+        parent = RequestOutput(request_id, prompt if isinstance(prompt, str) else None, ids, [])
+        self._groups[request_id] = [self._queue(template, parent, i) for i in range(params.n)]
+        return request_id
+
+    def _queue(self, template: Request, parent: RequestOutput, index: int) -> str:
+        """One of the `n` answers of a request; all but the first share the first one's prompt."""
+        request = msgspec.structs.replace(template, number=self._num_requests)
+        if template.sampling.n > 1:
+            metadata = {**template.metadata, "sample": index}
+            sibling = f"{template.id}#0" if index else None
+            request = msgspec.structs.replace(request, id=f"{template.id}#{index}", fork_of=sibling, metadata=metadata)
+        self._num_requests += 1
+        state = AnswerState(request, parent, index, self.tokenizer.incremental() if self.tokenizer else None)
+        parent.outputs.append(state.output)
+        self._answers[request.id] = state
+        heapq.heappush(self._future, (request.arrival, request.number, request))
+        return request.id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; it keeps the tokens that it has. Unknown or finished ids are ignored."""
+        for name in self._groups.get(request_id, ()):
+            if name in self._answers and self._answers[name].output.finish_reason is None:
+                self._admit_early(name)
+                self._end(name, "abort", None)
+        if request_id in self._groups:
+            self._close_group(request_id)
+
+    def _admit_early(self, name: str) -> None:
+        """An aborted request that has not arrived yet arrives now, so that the log knows of it."""
+        for entry in self._future:
+            if entry[2].id == name:
+                self._future.remove(entry)
+                heapq.heapify(self._future)
+                self.scheduler.add(entry[2], self.clock.now())
+                return
+
+    def _end(self, name: str, reason: FinishReason, stop_reason: str | None) -> None:
+        self.scheduler.finish(name, reason, stop_reason or "")
+        self._answers[name].end(reason, stop_reason)
+        self._forget.append(name)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._future) or self.scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting) + len(self._future)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    # ------------------------------------------------------------------------------------ the loop
+    def step(self) -> list[RequestOutput]:
+        """One turn of the loop; the outputs that changed."""
+        self._ingest()
+        began = time.perf_counter()
+        plan = self.scheduler.schedule(self.clock.now())
+        if plan is not None:
+            self._schedule_seconds[plan.step] = time.perf_counter() - began
+            self._inflight.append((plan, self.executor.submit(self._batch(plan))))
+        if self._inflight and (plan is None or len(self._inflight) > self.config.overlap_depth):
+            return self._collect()
+        if plan is None and not self._inflight:
+            self._wait_for_arrival()
+        return []
+
+    def _ingest(self) -> None:
+        while self._future and self._future[0][0] <= self.clock.now():
+            request = heapq.heappop(self._future)[2]
+            self.scheduler.add(request, self.clock.now())
+
+    def _wait_for_arrival(self) -> None:
+        if self._future:
+            self.clock.advance_to(self._future[0][0])
+        elif self.scheduler.has_work:
+            stuck = ", ".join(list(self.scheduler.sequences)[:5])
+            self.log.emit(ev.InvariantViolated, what=f"nothing can run although {stuck} are unfinished")
+            raise RuntimeError(f"llmlab cannot make progress; unfinished: {stuck}. This is a bug: please report the trace.")
+
+    def _batch(self, plan: StepPlan) -> StepBatch:
+        tables, sequences = self.scheduler.memory.tables, self.scheduler.sequences
+        size = self.config.block_size
+        rows = tuple(row_of(i, sequences[i.request].request, tables[i.request].block_ids, size) for i in plan.items)
+        forget, self._forget = tuple(self._forget), []
+        return StepBatch(plan, rows, forget)
+
+    def _collect(self) -> list[RequestOutput]:
+        plan, ticket = self._inflight.popleft()
+        result = self._timed(ticket.result())
+        began = time.perf_counter()
+        updates = self.scheduler.commit(result)
+        self._commit_seconds = time.perf_counter() - began
+        self._check(plan.step)
+        return self._outputs(updates)
+
+    def _timed(self, result: StepResult) -> StepResult:
+        """The result with the core's own times: of planning this step, and of committing the one before."""
+        schedule = self._schedule_seconds.pop(result.step, 0.0)
+        if self.executor.mode == "simulated":
+            return result
+        durations = msgspec.structs.replace(result.durations, schedule=schedule, commit=self._commit_seconds)
+        return msgspec.structs.replace(result, durations=durations)
+
+    def _check(self, step: int) -> None:
+        interval = self.config.check_interval
+        if interval and step % interval == 0:
+            problems = self.scheduler.problems()
+            if problems:
+                self.log.emit(ev.InvariantViolated, what="; ".join(problems[:5]))
+                raise RuntimeError("llmlab's memory is inconsistent: " + "; ".join(problems[:5]))
+
+    # ----------------------------------------------------------------------------------- outputs
+    def _outputs(self, updates: Sequence[Update]) -> list[RequestOutput]:
+        changed: dict[str, RequestOutput] = {}
+        for update in updates:
+            state = self._answers.get(update.request)
+            if state is None:
+                continue
+            stop = state.apply(update)
+            if stop is not None:
+                self._end(update.request, "stop", stop)
+            elif update.finish_reason is not None:
+                self._forget.append(update.request)
+            changed[state.parent.request_id] = state.parent
+        for request_id in changed:
+            self._close_group(request_id)
+        return list(changed.values())
+
+    def _close_group(self, request_id: str) -> None:
+        """Mark a request finished when all its answers are, and let go of its state."""
+        names = self._groups[request_id]
+        states = [self._answers[name] for name in names]
+        if any(state.output.finish_reason is None for state in states):
+            return
+        parent = states[0].parent
+        parent.finished = True
+        parent.metrics = self._request_metrics(names)
+        for name in names:
+            del self._answers[name]
+        del self._groups[request_id]
+
+    def _request_metrics(self, names: Sequence[str]) -> RequestMetrics | None:
+        return self.metrics.requests.get(names[0])
+
+    # -------------------------------------------------------------------------------------- end
+    def close(self) -> None:
+        """Stop the executor and flush the trace. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.executor.close()
+            self.log.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

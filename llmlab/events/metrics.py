@@ -1,0 +1,244 @@
+"""All metrics, as folds of events. Definitions with symbols: docs/metrics.md."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmlab.events import catalog as ev
+
+
+@dataclass
+class RequestMetrics:
+    """Times of one request in seconds of the run's clock; NaN-free: what has not happened is None."""
+
+    request: str
+    arrival: float
+    num_prompt_tokens: int
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    finished: float | None = None
+    finish_reason: str = ""
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    num_computed_tokens: int = 0  # the high-water mark: tokens whose KV existed at some time
+    token_times: list[float] = field(default_factory=list)
+
+    @property
+    def queue_time(self) -> float | None:
+        return None if self.first_scheduled is None else self.first_scheduled - self.arrival
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first; None with fewer than two."""
+        if self.first_token is None or self.last_token is None or self.num_output_tokens < 2:
+            return None
+        return (self.last_token - self.first_token) / (self.num_output_tokens - 1)
+
+    @property
+    def itl(self) -> list[float]:
+        """Gaps between consecutive releases."""
+        return [b - a for a, b in zip(self.token_times, self.token_times[1:])]
+
+    @property
+    def e2e(self) -> float | None:
+        """End-to-end latency."""
+        return None if self.finished is None else self.finished - self.arrival
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and percentiles of one quantity (nearest rank); all None without samples."""
+
+    n: int
+    mean: float | None
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    max: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Summary:
+        data = sorted(v for v in values if v is not None)
+        if not data:
+            return cls(0, None, None, None, None, None)
+        p50, p90, p99 = (percentile(data, q) for q in (50, 90, 99))
+        return cls(len(data), statistics.fmean(data), p50, p90, p99, data[-1])
+
+
+def percentile(ordered: Sequence[float], q: float) -> float:
+    """Nearest-rank percentile of ascending data, q in (0, 100]."""
+    return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """A run in numbers. `mode` says whether time was measured or simulated. Seconds, tokens, ratios."""
+
+    mode: str
+    duration: float
+    num_requests: int
+    num_finished: int
+    num_refused: int
+    num_steps: int
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    recomputed_tokens: int
+    num_preemptions: int
+    request_throughput: float
+    output_throughput: float
+    total_token_throughput: float
+    recompute_tax: float
+    prefix_hit_rate: float
+    mean_batch: float
+    max_kv_blocks: int
+    schedule_share: float
+    ttft: Summary
+    tpot: Summary
+    itl: Summary
+    e2e: Summary
+    queue_time: Summary
+    predicted_over_measured: Summary
+
+    def rows(self) -> list[tuple[str, Any]]:
+        """(name, value) pairs, flat, in the order of the page that defines them."""
+        flat: list[tuple[str, Any]] = []
+        for name, value in vars(self).items():
+            if isinstance(value, Summary):
+                flat += [(f"{stat}_{name}", getattr(value, stat)) for stat in ("mean", "p50", "p90", "p99")]
+            else:
+                flat.append((name, value))
+        return flat
+
+
+class MetricsFold:
+    """Folds events one by one; usable as a sink of a live log. Handlers only read the event."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, RequestMetrics] = {}
+        self.mode = "measured"
+        self.num_steps = self.num_refused = self.max_kv_blocks = 0
+        self.end = 0.0
+        self._start: float | None = None
+        self._batch_tokens = 0
+        self._schedule = self._execute = 0.0
+        self._predicted: dict[int, float] = {}
+        self._ratios: list[float] = []
+        self._handlers = {
+            ev.RunStarted: self._run_started, ev.RequestArrived: self._arrived, ev.RequestRefused: self._refused,
+            ev.RequestAdmitted: self._admitted, ev.RequestPreempted: self._preempted,
+            ev.TokensReleased: self._released, ev.RequestFinished: self._finished, ev.StepPlanned: self._planned,
+            ev.StepFinished: self._step_finished,
+        }  # fmt: skip
+
+    def write(self, event: ev.Event) -> None:
+        handler = self._handlers.get(type(event))
+        if handler is not None:
+            handler(event)  # type: ignore[operator]
+
+    def close(self) -> None:
+        pass
+
+    def forget(self, request: str) -> None:
+        """Drop a finished request (long-lived servers)."""
+        self.requests.pop(request, None)
+
+    # ------------------------------------------------------------------------------------ handlers
+    def _run_started(self, event: ev.RunStarted) -> None:
+        self.mode = event.mode
+
+    def _arrived(self, event: ev.RequestArrived) -> None:
+        spec = event.spec
+        self._start = spec.arrival if self._start is None else min(self._start, spec.arrival)
+        self.requests[spec.id] = RequestMetrics(spec.id, spec.arrival, len(spec.prompt_token_ids))
+
+    def _refused(self, event: ev.RequestRefused) -> None:
+        self.num_refused += 1
+
+    def _admitted(self, event: ev.RequestAdmitted) -> None:
+        request = self.requests[event.request or ""]
+        if request.first_scheduled is None:
+            request.first_scheduled = event.t
+        request.num_cached_tokens += event.num_cached_tokens
+
+    def _preempted(self, event: ev.RequestPreempted) -> None:
+        request = self.requests[event.request or ""]
+        request.num_preemptions += 1
+
+    def _released(self, event: ev.TokensReleased) -> None:
+        request = self.requests[event.request or ""]
+        if request.first_token is None:
+            request.first_token = event.t
+        request.last_token = event.t
+        request.num_output_tokens += len(event.token_ids)
+        request.token_times.append(event.t)
+
+    def _finished(self, event: ev.RequestFinished) -> None:
+        request = self.requests[event.request or ""]
+        request.finished, request.finish_reason = event.t, event.reason
+        self.end = event.t
+
+    def _planned(self, event: ev.StepPlanned) -> None:
+        if event.predicted is not None:
+            self._predicted[event.step] = event.predicted.seconds
+        for item in event.items:
+            request, (start, stop) = self.requests[item.request], item.tokens
+            request.num_recomputed_tokens += max(0, min(stop, request.num_computed_tokens) - start)
+            request.num_computed_tokens = max(stop, request.num_computed_tokens)
+
+    def _step_finished(self, event: ev.StepFinished) -> None:
+        self.num_steps += 1
+        self.end = event.t
+        self.max_kv_blocks = max(self.max_kv_blocks, event.used_blocks)
+        self._schedule += event.measured.schedule + event.measured.commit
+        self._execute += event.measured.execute
+        self._batch_tokens += event.num_tokens
+        predicted = self._predicted.pop(event.step, None)
+        if predicted and event.measured.execute:
+            self._ratios.append(predicted / event.measured.execute)
+
+    # --------------------------------------------------------------------------------------- result
+    def result(self) -> RunMetrics:
+        done = list(self.requests.values())
+        prompt = sum(r.num_prompt_tokens for r in done)
+        output = sum(r.num_output_tokens for r in done)
+        cached, lost = sum(r.num_cached_tokens for r in done), sum(r.num_recomputed_tokens for r in done)
+        duration = max(0.0, self.end - (self._start or 0.0))
+        finished = [r for r in done if r.finished is not None]
+        per_second = 1 / duration if duration else 0.0
+        busy = self._schedule + self._execute
+        return RunMetrics(
+            mode=self.mode, duration=duration, num_requests=len(done), num_finished=len(finished),
+            num_refused=self.num_refused, num_steps=self.num_steps, prompt_tokens=prompt, output_tokens=output,
+            cached_tokens=cached, computed_tokens=self._batch_tokens, recomputed_tokens=lost,
+            num_preemptions=sum(r.num_preemptions for r in done), request_throughput=len(finished) * per_second,
+            output_throughput=output * per_second, total_token_throughput=(prompt + output) * per_second,
+            recompute_tax=lost / self._batch_tokens if self._batch_tokens else 0.0,
+            prefix_hit_rate=cached / (cached + self._batch_tokens) if cached else 0.0,
+            mean_batch=self._batch_tokens / self.num_steps if self.num_steps else 0.0,
+            max_kv_blocks=self.max_kv_blocks, schedule_share=self._schedule / busy if busy else 0.0,
+            ttft=Summary.of(r.ttft for r in done), tpot=Summary.of(r.tpot for r in done),
+            itl=Summary.of(gap for r in done for gap in r.itl), e2e=Summary.of(r.e2e for r in done),
+            queue_time=Summary.of(r.queue_time for r in done), predicted_over_measured=Summary.of(self._ratios),
+        )  # fmt: skip
+
+
+def fold(events: Iterable[ev.Event]) -> MetricsFold:
+    """The metrics of a list of events."""
+    metrics = MetricsFold()
+    for event in events:
+        metrics.write(event)
+    return metrics

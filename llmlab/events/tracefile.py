@@ -1,0 +1,136 @@
+"""Trace files: one JSON event a line, compressed by the file's suffix (.zst, .gz, or plain)."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import zstandard
+
+from llmlab.events.catalog import SCHEMA, AnyEvent, Event, RunStarted
+from llmlab.types import TraceError
+
+_FLUSH_EVERY = 512
+
+
+class TraceWriter:
+    """A sink that writes events to a file as they happen. If the disk fills up or the path goes away, it says so
+    once on stderr, drops what follows and lets the run go on; the file stays readable up to that point."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.error: OSError | None = None
+        self._encode = msgspec.json.Encoder().encode
+        self._lines: list[bytes] = []
+        try:
+            self._file: IO[bytes] | None = _open_write(self.path)
+        except OSError as error:
+            raise TraceError("trace", str(path), f"cannot be written ({error.strerror or error})",
+                             "Give a path in a directory that exists and that you may write.") from None  # fmt: skip
+
+    def write(self, event: Event) -> None:
+        if self._file is None:
+            return
+        self._lines.append(self._encode(event))
+        if len(self._lines) >= _FLUSH_EVERY:
+            self._flush()
+
+    def _flush(self) -> None:
+        lines, self._lines = self._lines, []
+        if self._file is None or not lines:
+            return
+        try:
+            self._file.write(b"\n".join(lines) + b"\n")
+        except OSError as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        self._flush()
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._fail(error)
+        self._file = None
+
+    def _fail(self, error: OSError) -> None:
+        self.error, self._file = error, None
+        print(f"llmlab: the trace {self.path} ends here: {error.strerror or error}. The run goes on.", file=sys.stderr)
+
+
+def _open_write(path: Path) -> IO[bytes]:
+    if path.suffix == ".zst":
+        return zstandard.ZstdCompressor(level=3).stream_writer(path.open("wb"), closefd=True)
+    if path.suffix == ".gz":
+        return gzip.open(path, "wb", compresslevel=4)  # type: ignore[return-value]
+    return path.open("wb")
+
+
+def _open_read(path: Path) -> IO[bytes]:
+    if path.suffix == ".zst":
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    return path.open("rb")
+
+
+def write_trace(path: str | Path, events: Iterable[Event]) -> None:
+    """Write all events to `path`, or raise TraceError (a full disk, a missing directory)."""
+    writer = TraceWriter(path)
+    for event in events:
+        writer.write(event)
+    writer.close()
+    if writer.error is not None:
+        raise TraceError("trace", str(path), f"could not be written whole ({writer.error.strerror})",
+                         "Free some space, or choose another path.")  # fmt: skip
+
+
+class LoadedTrace(msgspec.Struct, frozen=True):
+    """Events of a file, and `cut`: why its end is missing, or "" if it is whole."""
+
+    events: list[Event]
+    cut: str = ""
+
+
+def read_trace(path: str | Path) -> LoadedTrace:
+    """Events of a trace file. A damaged tail is cut off and named; a file without a readable beginning, or of
+    another schema, raises TraceError."""
+    path = Path(path)
+    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(AnyEvent)
+    events: list[Event] = []
+    cut = ""
+    number = 0
+    try:
+        with _open_read(path) as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    _check_schema(path, line)
+                events.append(decoder.decode(line))
+    except FileNotFoundError:
+        raise TraceError("trace", str(path), "does not exist", "`llmlab run ... --trace FILE` writes one.") from None
+    except msgspec.DecodeError as error:
+        cut = f"line {number} is damaged ({error})"
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        cut = f"after line {number} the file is damaged ({error})"
+    if not events:
+        raise TraceError("trace", str(path), cut or "is empty", "Give a file that llmlab wrote (.jsonl, .jsonl.gz, .jsonl.zst).")
+    return LoadedTrace(events, cut)
+
+
+def _check_schema(path: Path, line: bytes) -> None:
+    try:
+        first = msgspec.json.decode(line)
+    except msgspec.DecodeError as error:
+        raise TraceError("trace", str(path), f"line 1 is not JSON ({error})", "Is this a llmlab trace?") from None
+    if not isinstance(first, dict) or first.get("event") != RunStarted.__name__:
+        raise TraceError("trace", str(path), "does not begin with RunStarted", "Is this a whole llmlab trace?")
+    schema = first.get("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise TraceError("trace", str(path), f"has schema {schema}, this llmlab reads schema {SCHEMA}",
+                         "Read it with the llmlab version that wrote it: " + str(first.get("code", "unknown")))  # fmt: skip

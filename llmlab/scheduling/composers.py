@@ -1,0 +1,102 @@
+"""What a step contains (seam B). All of them cut prompts that exceed the budget; they differ in what may
+share a step with what.
+
+    chunked         [decode decode decode | chunk of a prompt ]   every step, up to the budget
+    prefill_first   [prompt prompt chunk]  then  [decode decode]  prompts stall decodes
+    decode_first    [decode decode] ... until none is left, then  [prompt prompt]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from llmlab.registry import Registry
+from llmlab.seams import Composer, EngineView, Offers
+from llmlab.types import WorkItem
+
+
+def fill(offers: Iterable[WorkItem], budget: int, seats: int) -> list[WorkItem]:
+    """Offers in order, the last one cut to what is left of `budget` tokens; at most `seats` of them."""
+    taken: list[WorkItem] = []
+    for offer in offers:
+        if budget <= 0 or len(taken) >= seats:
+            break
+        item = offer.shortened(budget)
+        taken.append(item)
+        budget -= item.num_tokens
+    return taken
+
+
+def split(offers: Sequence[WorkItem]) -> tuple[list[WorkItem], list[WorkItem]]:
+    """Offers of one token (decodes) and longer ones (prompts, or what is left of them)."""
+    return [o for o in offers if o.num_tokens == 1], [o for o in offers if o.num_tokens > 1]
+
+
+class Chunked:
+    """Decodes first, and the rest of the budget goes to chunks of prompts in the same step."""
+
+    name = "chunked"
+
+    def compose(self, view: EngineView, offers: Offers) -> Sequence[WorkItem]:
+        if not offers.waiting and len(offers.running) <= view.limits.max_num_batched_tokens:
+            return fill_running(view, offers)
+        decodes, prompts = split(offers.running)
+        limits = view.limits
+        items = fill([*decodes, *prompts, *offers.waiting], limits.max_num_batched_tokens, limits.max_num_seqs)
+        consider_unmixed(view, items)
+        return items
+
+
+def fill_running(view: EngineView, offers: Offers) -> Sequence[WorkItem]:
+    """The common step: everybody decodes, or some prompt is still being computed."""
+    if all(o.num_tokens == 1 for o in offers.running):
+        return offers.running
+    decodes, prompts = split(offers.running)
+    items = fill([*decodes, *prompts], view.limits.max_num_batched_tokens, view.limits.max_num_seqs)
+    consider_unmixed(view, items)
+    return items
+
+
+def consider_unmixed(view: EngineView, items: Sequence[WorkItem]) -> None:
+    """Log what a step without the prompt chunks would have cost, if the step is mixed."""
+    decodes, prompts = split(items)
+    if decodes and prompts:
+        view.consider("decodes alone", decodes)
+
+
+class PrefillFirst:
+    """Prompts go first and alone; decodes run only when no prompt can."""
+
+    name = "prefill_first"
+
+    def compose(self, view: EngineView, offers: Offers) -> Sequence[WorkItem]:
+        decodes, prompts = split(offers.running)
+        limits = view.limits
+        seats = limits.max_num_seqs - len(decodes)
+        items = fill([*prompts, *offers.waiting], limits.max_num_batched_tokens, seats)
+        if not items:
+            return fill(decodes, limits.max_num_batched_tokens, limits.max_num_seqs)
+        if decodes:
+            view.consider("decodes alone", fill(decodes, limits.max_num_batched_tokens, limits.max_num_seqs))
+        return items
+
+
+class DecodeFirst:
+    """Decodes run alone while there are any; prompts wait for the batch to drain."""
+
+    name = "decode_first"
+
+    def compose(self, view: EngineView, offers: Offers) -> Sequence[WorkItem]:
+        decodes, prompts = split(offers.running)
+        limits = view.limits
+        entering = fill([*prompts, *offers.waiting], limits.max_num_batched_tokens, limits.max_num_seqs)
+        if not decodes:
+            return entering
+        if entering:
+            view.consider("prompts alone", entering)
+        return fill(decodes, limits.max_num_batched_tokens, limits.max_num_seqs)
+
+
+COMPOSERS: Registry[Composer] = Registry(
+    "composer", {"chunked": Chunked, "prefill_first": PrefillFirst, "decode_first": DecodeFirst}
+)

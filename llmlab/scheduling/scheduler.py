@@ -1,0 +1,594 @@
+"""The scheduler: what runs next, for whom, and at whose expense.
+
+    arrivals -> [ queue ] --admit--> [ running ] --finish--> gone
+                   ^                     |
+                   +------ preempt ------+
+
+`schedule(now)` turns the state into a StepPlan and marks its tokens as computed; `commit(result)` appends what
+came back. Between the two a step is in flight; with overlap there may be several. The scheduler mutates, policies
+answer questions. It never asks which executor runs, reads no wall clock and imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from typing import NamedTuple
+
+import msgspec
+
+from llmlab.events import catalog as ev
+from llmlab.events.log import EventLog
+from llmlab.events.state import request_fingerprint
+from llmlab.memory.kv_manager import KVManager, Reserved, Shortage
+from llmlab.scheduling.queue import WaitingQueue
+from llmlab.scheduling.seamcalls import (
+    Considered,
+    Seam,
+    checked_admission,
+    checked_items,
+    checked_key,
+    checked_mode,
+    unchecked,
+)  # fmt: skip
+from llmlab.seams import (
+    Admission,
+    Composer,
+    CostModel,
+    DecodingMethod,
+    EngineView,
+    Limits,
+    Need,
+    Offers,
+    Ordering,
+    Placement,
+    PoolView,
+    RequestView,
+    StopRule,
+    Tiering,
+    TierOption,
+    Victim,
+    Wait,
+)  # fmt: skip
+from llmlab.types import (
+    QUEUED,
+    Cost,
+    FinishReason,
+    ItemResult,
+    Request,
+    RequestError,
+    Sequence,
+    Span,
+    Status,
+    StepPlan,
+    StepResult,
+    WorkItem,
+)  # fmt: skip
+
+
+class Policies(NamedTuple):
+    """The guarded seams that the scheduler asks."""
+
+    ordering: Seam[Ordering]
+    admission: Seam[Admission]
+    composer: Seam[Composer]
+    victim: Seam[Victim]
+    placement: Seam[Placement]
+    tiering: Seam[Tiering]
+    decoding: DecodingMethod
+    stop_rule: StopRule
+
+
+class InFlight(NamedTuple):
+    """An item that was submitted: whose it is, and in which life (`epoch`) of its owner."""
+
+    seq: Sequence
+    item: WorkItem
+    epoch: int
+
+
+class Update(msgspec.Struct, frozen=True):
+    """What one commit means to a client."""
+
+    request: str
+    token_ids: tuple[int, ...]
+    result: ItemResult | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Scheduler:
+    """See the module's text. `view_cap` bounds how much of the queue policies see; `num_alternatives` how many
+    rejected options a Decision keeps."""
+
+    def __init__(self, policies: Policies, memory: KVManager, cost: CostModel, log: EventLog, limits: Limits,
+                 view_cap: int = 64, num_alternatives: int = 4) -> None:  # fmt: skip
+        self.policies = policies
+        self.memory = memory
+        self.log = log
+        self.limits = limits
+        self.sequences: dict[str, Sequence] = {}
+        self.running: dict[str, Sequence] = {}
+        self.waiting = WaitingQueue()
+        self.inflight: dict[int, tuple[InFlight, ...]] = {}
+        self.plan_seq: dict[int, int] = {}
+        self.next_step = 0
+        self.state_hash = 0
+        self._cost = cost
+        self._considered = Considered(cost.step)
+        self._view_cap = view_cap
+        self._num_alternatives = num_alternatives
+        self._fingerprints: dict[str, int] = {}
+        self._dirty: dict[str, Sequence] = {}
+
+    # ------------------------------------------------------------------------ requests in and out
+    def add(self, request: Request, now: float) -> None:
+        """Queue a request. Raises RequestError if its id is taken."""
+        if request.id in self.sequences:
+            raise RequestError("request_id", request.id, "is already in use", "Choose another id.")
+        seq = self.sequences[request.id] = Sequence(request)
+        seq.cause = self.log.emit(ev.RequestArrived, request.id, spec=request)
+        self._enqueue(seq, now)
+
+    def finish(self, request: str, reason: FinishReason, detail: str = "") -> None:
+        """End a request from outside, at once; unknown or finished ones are ignored."""
+        seq = self.sequences.get(request)
+        if seq is None:
+            return
+        seq.cause = self.log.emit(ev.FinishRequested, request, seq.cause, reason=reason, detail=detail)
+        self._finish(seq, reason, detail)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences) or bool(self.inflight)
+
+    def _enqueue(self, seq: Sequence, now: float) -> None:
+        view = self._request_view(seq)
+        key = self.policies.ordering.ask(lambda p: checked_key(p.key(view, now)), unchecked, seq.cause)
+        self.waiting.add(seq, key)
+        self._dirty[seq.id] = seq
+
+    def _finish(self, seq: Sequence, reason: FinishReason, detail: str = "") -> None:
+        if seq.status is Status.RUNNING:
+            del self.running[seq.id]
+        elif seq.status in QUEUED:
+            self.waiting.remove(seq)
+        seq.status, seq.finish_reason = Status.FINISHED, reason
+        self.memory.release(seq, seq.cause, self._inflight_step(seq))
+        del self.sequences[seq.id]
+        self.log.emit(ev.RequestFinished, seq.id, seq.cause, reason=reason, num_output_tokens=seq.num_output_tokens,
+                      num_preemptions=seq.num_preemptions, detail=detail)  # fmt: skip
+        self._dirty[seq.id] = seq
+
+    def _inflight_step(self, seq: Sequence) -> int | None:
+        return seq.inflight_step if seq.inflight_step in self.inflight else None
+
+    # ---------------------------------------------------------------------------------- planning
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, or None if nothing can or needs to run now."""
+        self.log.step = self.next_step
+        mark = self.log.num_emitted
+        self._refresh_queue(now)
+        view = self._view(now)
+        running = tuple(o for r in view.running if (o := self.policies.decoding.work(r)) is not None)
+        waiting = self._admit(view)
+        planned = self._reserve(view, self._compose(view, Offers(running, waiting)))
+        plan = StepPlan(self.next_step, tuple(f.item for f in planned), self.memory.take_moves())
+        idle = not plan.items and not plan.moves
+        if not idle or self.log.num_emitted > mark:
+            self._log_plan(plan, now)
+        if idle:
+            return None
+        self._launch(plan, planned)
+        return plan
+
+    def _launch(self, plan: StepPlan, planned: AbstractSequence[InFlight]) -> None:
+        self.inflight[plan.step] = tuple(planned)
+        self.next_step += 1
+        for flight in planned:
+            seq = flight.seq
+            seq.num_computed_tokens = flight.item.tokens[1]
+            seq.inflight_step = plan.step
+            seq.num_pending += flight.item.emit == "sample"
+            self._dirty[seq.id] = seq
+
+    def _log_plan(self, plan: StepPlan, now: float) -> None:
+        if not self.log.wants(ev.StepPlanned):
+            return
+        self.plan_seq[plan.step] = self.log.emit(
+            ev.StepPlanned, now=now, items=plan.items, moves=plan.moves, num_tokens=plan.num_tokens,
+            num_running=len(self.running), num_waiting=len(self.waiting), free_blocks=self.memory.pool.num_free,
+            predicted=self._price(plan),
+        )  # fmt: skip
+
+    def _price(self, plan: StepPlan) -> Cost | None:
+        if not plan.items:
+            return None
+        cost = self._cost.step(plan.items)
+        swapped = sum(len(move.src) for move in plan.moves if move.kind != "copy")
+        if not swapped:
+            return cost
+        return msgspec.structs.replace(cost, seconds=cost.seconds + self._cost.swap(swapped).seconds)
+
+    def _refresh_queue(self, now: float) -> None:
+        ordering = self.policies.ordering
+        if getattr(ordering.policy, "refresh", "arrival") != "step" or len(self.waiting) < 2:
+            return
+        views = {seq.id: self._request_view(seq) for seq in self.waiting}
+        keys = {name: ordering.ask(lambda p, v=v: checked_key(p.key(v, now)), unchecked)  # type: ignore[misc]
+                for name, v in views.items()}  # fmt: skip
+        self.waiting.resort(keys)
+
+    # --------------------------------------------------------------------------------- admission
+    def _admit(self, view: EngineView) -> tuple[WorkItem, ...]:
+        """Offers of queued requests, in queue order, until a limit is hit or the policy says wait."""
+        offers: list[WorkItem] = []
+        budget = self.limits.max_num_batched_tokens
+        for seq in self.waiting.head(self._view_cap):
+            if len(self.running) + len(offers) >= self.limits.max_num_seqs:
+                self._log_wait(seq, "seats", f"all {self.limits.max_num_seqs} seats (max_num_seqs) are taken")
+                break
+            if budget <= 0:
+                self._log_wait(seq, "budget", "earlier requests in the queue fill the token budget of this step")
+                break
+            if self._must_wait(seq):
+                continue
+            offer = self._ask_admission(view, seq, forced=not self.running and not self.inflight and not offers)
+            if offer is None:
+                break
+            offers.append(offer)
+            budget -= offer.num_tokens
+            view = self._after_admission(view, seq)
+        return tuple(offers)
+
+    def _must_wait(self, seq: Sequence) -> bool:
+        """Cases that no policy may decide: a token of it is still in flight, or its sibling's prompt is."""
+        if seq.num_pending:
+            self._log_wait(seq, "in_flight", "its last token is still being computed")
+            return True
+        parent = self.sequences.get(seq.request.fork_of or "")
+        fresh = seq.status is Status.WAITING
+        if parent is not None and fresh and parent.num_computed_tokens < parent.num_prompt_tokens:
+            self._log_wait(seq, "sibling", f"shares the prompt that {parent.id} is still computing")
+            return True
+        return False
+
+    def _ask_admission(self, view: EngineView, seq: Sequence, forced: bool) -> WorkItem | None:
+        hits = self.memory.match(seq) if seq.status is not Status.SWAPPED else []
+        need = self.memory.need(seq, hits)
+        cached = len(hits) * self.memory.block_size
+        request = self._request_view(seq, cached)
+        seam = self.policies.admission
+        answer = seam.ask(lambda p: p.admit(view, request, need), checked_admission, seq.cause)
+        if isinstance(answer, Wait) and not forced:
+            self._log_admission(seq, "wait", answer.reason, need, view)
+            self._log_wait(seq, "memory" if need.prompt > view.pool.num_free else "policy", answer.reason)
+            return None
+        reason = answer.reason
+        if isinstance(answer, Wait):
+            reason = f"nothing else runs, so it may not wait ({reason})"
+        self._log_admission(seq, "admit", reason, need, view)
+        start = seq.num_computed_tokens if seq.status is Status.SWAPPED else cached
+        return WorkItem(seq.id, Span(start, seq.num_tokens))
+
+    def _after_admission(self, view: EngineView, seq: Sequence) -> EngineView:
+        """The view with the blocks that `seq` is about to take no longer free."""
+        taken = self.memory.need(seq, self.memory.match(seq)).prompt
+        pool = msgspec.structs.replace(view.pool, num_free=max(0, view.pool.num_free - taken))
+        return msgspec.structs.replace(view, pool=pool)
+
+    def _log_admission(self, seq: Sequence, chosen: str, reason: str, need: Need, view: EngineView) -> None:
+        said = f"{chosen}: {reason}"
+        if seq.logged_wait == said or not self.log.wants(ev.Decision):
+            return
+        seq.logged_wait = said
+        other = "admit" if chosen == "wait" else "wait"
+        why_not = reason if chosen == "wait" else "it would idle in the queue"
+        seam = self.policies.admission
+        seq.cause = self.log.emit(
+            ev.Decision, seq.id, seq.cause, seam=seam.name, policy=seam.policy_name, chosen=chosen, reason=reason,
+            alternatives=(ev.Alternative(other, need.prompt, need.prompt <= view.pool.num_free, why_not),),
+            num_candidates=2,
+        )  # fmt: skip
+
+    def _log_wait(self, seq: Sequence, reason: str, detail: str) -> None:
+        if seq.waiting_reason != reason:
+            seq.waiting_reason = reason
+            seq.cause = self.log.emit(ev.RequestWaiting, seq.id, seq.cause, reason=reason, detail=detail)
+
+    # -------------------------------------------------------------------------------- composition
+    def _compose(self, view: EngineView, offers: Offers) -> AbstractSequence[WorkItem]:
+        if not offers.running and not offers.waiting:
+            return ()
+        seam = self.policies.composer
+        items = seam.ask(lambda p: p.compose(view, offers), lambda a: checked_items(a, offers, self.limits))
+        if not items and not self.inflight:
+            why = "composed nothing while nothing is in flight"
+            items = seam.fall_back(lambda p: p.compose(view, offers), why, -1)
+        self._log_composition(offers, items)
+        return self.policies.placement.ask(lambda p: p.place(view, items), unchecked)
+
+    def _log_composition(self, offers: Offers, items: AbstractSequence[WorkItem]) -> None:
+        """A Decision, if there was anything to decide: an offer left out or cut, or an alternative priced."""
+        considered = self._considered.take()
+        num_offers = len(offers.running) + len(offers.waiting)
+        if not considered and len(items) == num_offers and items is offers.running:
+            return
+        tokens = {item.request: item.num_tokens for item in items}
+        left = [o for o in (*offers.running, *offers.waiting) if tokens.get(o.request, 0) < o.num_tokens]
+        if not considered and not left:
+            return
+        alternatives = [
+            ev.Alternative(f"{o.request}: {o.num_tokens} tokens", why_not=f"got {tokens.get(o.request, 0)}")
+            for o in left[: self._num_alternatives]
+        ]
+        seam = self.policies.composer
+        chosen = " ".join(f"{name}:{count}" for name, count in tokens.items())
+        self.log.emit(ev.Decision, seam=seam.name, policy=seam.policy_name, chosen=chosen, num_candidates=num_offers,
+                      alternatives=(*considered, *alternatives),
+                      reason=f"{sum(tokens.values())} of {self.limits.max_num_batched_tokens} tokens")  # fmt: skip
+
+    # -------------------------------------------------------------------------------- reservation
+    def _reserve(self, view: EngineView, items: AbstractSequence[WorkItem]) -> list[InFlight]:
+        """Memory for the items, in their order; whoever finds none preempts, waits or stays queued."""
+        planned: dict[str, InFlight] = {}
+        was_running = dict(self.running)
+        for item in items:
+            seq = self.sequences[item.request]
+            if seq.id in was_running:
+                self._grow(view, seq, item, planned)
+            else:
+                self._start(seq, item, planned)
+        return list(planned.values())
+
+    def _grow(self, view: EngineView, seq: Sequence, item: WorkItem, planned: dict[str, InFlight]) -> None:
+        while seq.status is Status.RUNNING:
+            got = self.memory.grow(seq, item.tokens[1], seq.cause)
+            if isinstance(got, Reserved):
+                planned[seq.id] = InFlight(seq, item, seq.epoch)
+                return
+            if not self._make_room(view, seq, got, planned):
+                return
+
+    def _make_room(self, view: EngineView, needy: Sequence, shortage: Shortage, planned: dict[str, InFlight]) -> bool:
+        """Preempt somebody for `needy`; False if it must wait for a step in flight or for its turn."""
+        if self.memory.num_quarantined >= shortage.need - shortage.free:
+            return False
+        oldest = min(self.running.values(), key=lambda s: (s.request.arrival, s.request.number))
+        candidates = [s for s in self.running.values() if s is not oldest]
+        if not candidates:
+            return False
+        holders = sorted(((s.id, self.memory.num_blocks_of(s.id)) for s in self.running.values()), key=lambda h: -h[1])
+        failed = self.log.emit(ev.ReserveFailed, needy.id, needy.cause, need=shortage.need, free=shortage.free,
+                               quarantined=self.memory.num_quarantined,
+                               holders=tuple(holders[: self._num_alternatives]))  # fmt: skip
+        victim, decision = self._choose_victim(view, needy, candidates, failed)
+        planned.pop(victim.id, None)
+        self._preempt(view, victim, needy, decision)
+        return victim is not needy
+
+    def _choose_victim(self, view: EngineView, needy: Sequence, candidates: list[Sequence], cause: int
+                       ) -> tuple[Sequence, int]:  # fmt: skip
+        views = [self._request_view(s) for s in candidates]
+        wanting = self._request_view(needy)
+        seam = self.policies.victim
+        scores = seam.ask(lambda p: [checked_key(p.score(view, v, wanting)) for v in views], unchecked, cause)
+        order = sorted(range(len(views)), key=lambda i: (scores[i], -views[i].arrival, -views[i].number))
+        options = [self._victim_option(views[i], scores[i]) for i in order[: 1 + self._num_alternatives]]
+        chosen = candidates[order[0]]
+        decision = self.log.emit(
+            ev.Decision, chosen.id, cause, seam=seam.name, policy=seam.policy_name, chosen=chosen.id,
+            alternatives=tuple(options[1:]), predicted=options[0].predicted, num_candidates=len(candidates),
+            reason=f"{needy.id} needs a block; smallest score {_shown(scores[order[0]])}",
+        )  # fmt: skip
+        return chosen, decision
+
+    def _victim_option(self, view: RequestView, score: tuple[object, ...]) -> ev.Alternative:
+        again = WorkItem(view.id, Span(0, max(1, view.num_computed_tokens)))
+        return ev.Alternative(view.id, _shown(score), predicted=self._cost.step([again]))
+
+    def _preempt(self, view: EngineView, victim: Sequence, needy: Sequence, cause: int) -> None:
+        mode = self._choose_tier(view, victim, cause)
+        until, num_blocks = self._inflight_step(victim), self.memory.num_blocks_of(victim.id)
+        tokens = victim.num_computed_tokens
+        swap = mode == "swap"
+        victim.cause = self.log.emit(
+            ev.RequestPreempted, victim.id, cause, mode=mode, tokens_lost=0 if swap else tokens,
+            beneficiary=needy.id, num_blocks=num_blocks,
+        )  # fmt: skip
+        if swap:
+            moved = self.memory.swap_out(victim, victim.cause, until)
+            self.log.emit(ev.KVMoved, victim.id, victim.cause, bytes=moved * self._cost.block_bytes(),
+                          src="device", dst="host", num_blocks=moved)  # fmt: skip
+            victim.status = Status.SWAPPED
+        else:
+            self.memory.release(victim, victim.cause, until)
+            self.log.emit(ev.KVDropped, victim.id, victim.cause, num_tokens=tokens)
+            victim.status, victim.num_computed_tokens = Status.PREEMPTED, 0
+        victim.epoch += 1
+        victim.num_preemptions += 1
+        victim.waiting_reason, victim.logged_wait = "", ""
+        del self.running[victim.id]
+        self._enqueue(victim, view.now)
+
+    def _choose_tier(self, view: EngineView, victim: Sequence, cause: int) -> str:
+        seam = self.policies.tiering
+        num_blocks = self.memory.num_blocks_of(victim.id)
+        again = WorkItem(victim.id, Span(0, max(1, victim.num_computed_tokens)))
+        both_ways = self._cost.swap(2 * num_blocks)
+        room = self.memory.can_swap_out(victim) and victim.num_computed_tokens > 0
+        options = (
+            TierOption("recompute", self._cost.step([again]), True),
+            TierOption("swap", both_ways, room, "" if room else f"{self.memory.host.num_free} host blocks are free"),
+        )
+        feasible = [o.mode for o in options if o.feasible]
+        request = self._request_view(victim)
+        mode = seam.ask(lambda p: p.choose(view, request, options), lambda a: checked_mode(a, feasible), cause)
+        self.log.emit(
+            ev.Decision, victim.id, cause, seam=seam.name, policy=seam.policy_name, chosen=mode, num_candidates=2,
+            predicted=next(o.predicted for o in options if o.mode == mode), reason=f"{num_blocks} blocks",
+            alternatives=tuple(ev.Alternative(o.mode, o.predicted.seconds, o.feasible, o.why_not, o.predicted)
+                               for o in options if o.mode != mode),
+        )  # fmt: skip
+        return mode
+
+    def _start(self, seq: Sequence, item: WorkItem, planned: dict[str, InFlight]) -> None:
+        """Move a queued request to the running ones, if its memory is there."""
+        swapped = seq.status is Status.SWAPPED
+        got = self._start_memory(seq, item)
+        if isinstance(got, Shortage):
+            self._log_wait(seq, "memory", f"needs {got.need} blocks, {got.free} are free")
+            return
+        ordering = self._log_ordering(seq)
+        self.waiting.remove(seq)
+        seq.status, seq.waiting_reason, seq.logged_wait = Status.RUNNING, "", ""
+        self.running[seq.id] = seq
+        if swapped:
+            num_blocks = self.memory.num_blocks_of(seq.id)
+            seq.cause = self.log.emit(ev.RequestResumed, seq.id, ordering, num_tokens=seq.num_computed_tokens,
+                                      num_blocks=num_blocks)  # fmt: skip
+            self.log.emit(ev.KVMoved, seq.id, seq.cause, bytes=num_blocks * self._cost.block_bytes(),
+                          src="host", dst="device", num_blocks=num_blocks)  # fmt: skip
+            start = seq.num_computed_tokens
+        else:
+            start = seq.num_cached_tokens = got.num_cached_tokens
+            seq.num_computed_tokens = start
+            seq.cause = self.log.emit(ev.RequestAdmitted, seq.id, ordering, num_cached_tokens=start,
+                                      num_tokens=seq.num_tokens, attempt=seq.num_preemptions,
+                                      source=got.source)  # fmt: skip
+        whole = WorkItem(seq.id, Span(start, seq.num_tokens), device=item.device, lane=item.lane)
+        planned[seq.id] = InFlight(seq, whole.shortened(got.stop - start), seq.epoch)
+        self._dirty[seq.id] = seq
+
+    def _start_memory(self, seq: Sequence, item: WorkItem) -> Reserved | Shortage:
+        if seq.status is Status.SWAPPED:
+            return self.memory.swap_in(seq, item.tokens[1], seq.cause)
+        parent = self.running.get(seq.request.fork_of or "")
+        if parent is not None and seq.num_tokens == seq.num_prompt_tokens <= parent.num_computed_tokens:
+            return self.memory.fork(parent, seq, seq.cause)
+        return self.memory.start(seq, item.num_tokens, seq.cause)
+
+    def _log_ordering(self, seq: Sequence) -> int:
+        """The Decision that put `seq` before the rest of the queue."""
+        seam = self.policies.ordering
+        rest = [s for s in self.waiting.head(2 + self._num_alternatives) if s is not seq]
+        if not rest:
+            return seq.cause
+        return self.log.emit(
+            ev.Decision, seq.id, seq.cause, seam=seam.name, policy=seam.policy_name, chosen=seq.id,
+            alternatives=tuple(ev.Alternative(s.id, _shown(s.key)) for s in rest[: self._num_alternatives]),
+            reason=f"smallest key {_shown(seq.key)}", num_candidates=len(self.waiting),
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------------------------- collecting
+    def commit(self, result: StepResult) -> list[Update]:
+        """Take in what a step produced; the oldest step in flight first."""
+        flights = self.inflight.pop(result.step)
+        plan = self.plan_seq.pop(result.step, -1)
+        self.log.step = result.step
+        updates = []
+        for flight, item_result in zip(flights, result.results, strict=True):
+            update = self._commit_item(flight, item_result, plan)
+            if update is not None:
+                updates.append(update)
+        self.memory.collected(result.step)
+        self._log_finish(result, plan, sum(flight.item.num_tokens for flight in flights))
+        return updates
+
+    def _commit_item(self, flight: InFlight, result: ItemResult, plan: int) -> Update | None:
+        seq, item, epoch = flight
+        seq.num_pending -= item.emit == "sample"
+        if seq.finished:
+            return None
+        self._dirty[seq.id] = seq
+        seq.cause = plan if plan >= 0 else seq.cause
+        if result.error is not None:
+            self._finish(seq, "error", result.error)
+            return Update(seq.id, (), result, "error")
+        if epoch == seq.epoch:
+            self.memory.commit(seq, item.tokens[1])
+        if item.emit != "sample":
+            return Update(seq.id, (), result) if result.prompt_logprobs else None
+        return self._append(seq, result, plan)
+
+    def _append(self, seq: Sequence, result: ItemResult, plan: int) -> Update:
+        accepted, reason = self._until_stop(seq, self.policies.decoding.accept(seq.request, result).token_ids)
+        if not seq.num_output_tokens:
+            self.log.emit(ev.FirstToken, seq.id, plan)
+        seq.token_ids.extend(accepted)
+        self.log.emit(ev.TokensReleased, seq.id, plan, token_ids=accepted)
+        if reason is not None:
+            self._finish(seq, reason)
+        return Update(seq.id, accepted, result, reason)
+
+    def _until_stop(self, seq: Sequence, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:
+        for index, token in enumerate(token_ids):
+            reason = self.policies.stop_rule.check(seq.request, token, seq.num_output_tokens + index + 1)
+            if reason is not None:
+                return token_ids[: index + 1], reason
+        return token_ids, None
+
+    def _log_finish(self, result: StepResult, plan: int, num_tokens: int) -> None:
+        if not self.log.wants(ev.StepFinished):
+            self._dirty.clear()
+            return
+        pool = self.memory.pool
+        self.log.emit(
+            ev.StepFinished, cause=plan, plan=plan, results=result.results, measured=result.durations,
+            state_hash=self.settle_hash(), blocks_hash=self.memory.fingerprint() if self.log.level >= 3 else 0,
+            num_tokens=num_tokens, num_running=len(self.running), num_waiting=len(self.waiting),
+            used_blocks=pool.num_blocks - pool.num_free,
+        )  # fmt: skip
+
+    # --------------------------------------------------------------------------- views and checks
+    def settle_hash(self) -> int:
+        """The state hash, brought up to date for the requests that changed since the last call."""
+        for name, seq in self._dirty.items():
+            new = request_fingerprint(seq.request.number, seq.status, len(seq.token_ids),
+                                      0 if seq.finished else seq.num_computed_tokens, seq.token_ids[-1])  # fmt: skip
+            self.state_hash ^= self._fingerprints.get(name, 0) ^ new
+            if seq.finished:
+                self._fingerprints.pop(name, None)
+            else:
+                self._fingerprints[name] = new
+        self._dirty.clear()
+        return self.state_hash
+
+    def problems(self) -> list[str]:
+        """Contradictions anywhere in the core's state; empty means sound."""
+        found = self.memory.problems(self.sequences)
+        for seq in self.sequences.values():
+            blocks = self.memory.num_blocks_of(seq.id)
+            if seq.status is Status.RUNNING and blocks < self.memory.blocks_for(seq.num_computed_tokens):
+                found.append(f"{seq.id} has computed {seq.num_computed_tokens} tokens but owns {blocks} blocks")
+            if seq.status is not Status.RUNNING and blocks:
+                found.append(f"{seq.id} is {seq.status} but owns {blocks} device blocks")
+        if len(self.running) + len(self.waiting) != len(self.sequences):
+            found.append("a live request is neither running nor queued")
+        return found
+
+    def _view(self, now: float) -> EngineView:
+        return EngineView(
+            now, self.next_step, tuple(self._request_view(s) for s in self.waiting.head(self._view_cap)),
+            len(self.waiting), tuple(self._request_view(s) for s in self.running.values()), self._pool_view(),
+            self.limits, self._considered.consider,
+        )  # fmt: skip
+
+    def _pool_view(self) -> PoolView:
+        pool, host = self.memory.pool, self.memory.host
+        return PoolView(pool.num_blocks, pool.num_free, self.memory.num_quarantined, host.num_blocks, host.num_free,
+                        self.memory.block_size)  # fmt: skip
+
+    def _request_view(self, seq: Sequence, num_cached_tokens: int | None = None) -> RequestView:
+        request = seq.request
+        return RequestView(
+            request.id, request.number, request.arrival, request.priority, seq.status, seq.num_prompt_tokens,
+            len(seq.token_ids) + seq.num_pending, seq.num_computed_tokens,
+            seq.num_cached_tokens if num_cached_tokens is None else num_cached_tokens,
+            self.memory.num_blocks_of(request.id), seq.num_preemptions, request,
+        )  # fmt: skip
+
+
+def _shown(key: tuple[object, ...]) -> float | str:
+    """A key as a Decision shows it: the number itself, or its parts as text."""
+    if len(key) == 1 and isinstance(key[0], (int, float)):
+        return float(key[0])
+    return ", ".join(f"{part:g}" if isinstance(part, (int, float)) else str(part) for part in key)

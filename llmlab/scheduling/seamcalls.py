@@ -1,0 +1,121 @@
+"""Calling policies: the guard around every seam, and the recorder of what was considered.
+
+The seam records, not the plug-in. Built-in defaults are trusted; every other policy is checked, and when it
+raises, overruns its time or answers nonsense, the default decides that once and `PolicyFailed` says so.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+from llmlab.events import catalog as ev
+from llmlab.events.log import EventLog
+from llmlab.registry import policy_name
+from llmlab.seams import Admit, Limits, Offers, Wait
+from llmlab.types import Cost, PolicyError, WorkItem
+
+P = TypeVar("P")
+A = TypeVar("A")
+
+
+class Seam(Generic[P]):
+    """One seam of one engine: the policy in force, its default, and the guard."""
+
+    def __init__(self, name: str, policy: P, default: P, log: EventLog, timeout: float) -> None:
+        self.name = name
+        self.policy = policy
+        self.default = default
+        self.policy_name = policy_name(policy)
+        self._trusted = type(policy).__module__.startswith("llmlab.")
+        self._log = log
+        self._timeout = timeout
+
+    def ask(self, call: Callable[[P], A], check: Callable[[A], A], cause: int = -1) -> A:
+        """The policy's answer, or the default's if the policy fails. `check` raises PolicyError on nonsense."""
+        if self._trusted:
+            return call(self.policy)
+        began = time.thread_time()
+        try:
+            answer = check(call(self.policy))
+        except Exception as error:  # a cell's code may raise anything: the run must go on
+            return self.fall_back(call, f"{type(error).__name__}: {error}", cause)
+        spent = time.thread_time() - began
+        if spent > self._timeout:
+            return self.fall_back(call, f"took {spent:.2f} s of CPU, allowed are {self._timeout:g} s", cause)
+        return answer
+
+    def fall_back(self, call: Callable[[P], A], error: str, cause: int) -> A:
+        """Let the default decide this once, and say why."""
+        self._log.emit(ev.PolicyFailed, None, cause, seam=self.name, policy=self.policy_name, error=error[:500],
+                       fallback=policy_name(self.default))  # fmt: skip
+        return call(self.default)
+
+
+class Considered:
+    """Alternatives that a policy priced during the decision in progress."""
+
+    def __init__(self, price: Callable[[Sequence[WorkItem]], Cost]) -> None:
+        self._price = price
+        self.alternatives: list[ev.Alternative] = []
+
+    def consider(self, option: str, items: Sequence[WorkItem]) -> Cost:
+        """Price `items`, remember them as the alternative `option`."""
+        cost = self._price(items)
+        self.alternatives.append(ev.Alternative(option, cost.seconds, predicted=cost))
+        return cost
+
+    def take(self) -> tuple[ev.Alternative, ...]:
+        taken, self.alternatives = tuple(self.alternatives), []
+        return taken
+
+
+# ------------------------------------------------------------------------------ answers that make sense
+def checked_key(key: Any) -> tuple[Any, ...]:
+    """A key as a tuple of comparable, non-NaN values."""
+    parts = key if isinstance(key, tuple) else (key,)
+    for part in parts:
+        if not isinstance(part, (int, float, str)) or (isinstance(part, float) and math.isnan(part)):
+            raise PolicyError("key", key, "must be a number or a tuple of numbers and strings, without NaN")
+    return parts
+
+
+def checked_admission(answer: Admit | Wait) -> Admit | Wait:
+    if not isinstance(answer, (Admit, Wait)):
+        raise PolicyError("admit", answer, "must be Admit(...) or Wait(reason)")
+    return answer
+
+
+def checked_items(items: Sequence[WorkItem], offers: Offers, limits: Limits) -> Sequence[WorkItem]:
+    """Items that are cut from the offers, once each, within the limits."""
+    offered = {item.request: item for item in (*offers.running, *offers.waiting)}
+    seen: dict[str, None] = {}
+    for item in items:
+        if not isinstance(item, WorkItem):
+            raise PolicyError("compose", item, "is not a WorkItem", "Return offers, or offer.shortened(n).")
+        offer = offered.get(item.request)
+        if offer is None or item.request in seen:
+            raise PolicyError("compose", item.request, "was not offered, or is in the answer twice")
+        if item.num_tokens < 1 or item.tokens[0] != offer.tokens[0] or item != offer.shortened(item.num_tokens):
+            raise PolicyError("compose", tuple(item.tokens), f"is not a cut of the offer {tuple(offer.tokens)}",
+                              "Use offer.shortened(n).")  # fmt: skip
+        seen[item.request] = None
+    total = sum(item.num_tokens for item in items)
+    if total > limits.max_num_batched_tokens:
+        raise PolicyError("compose", total, f"is above the budget of {limits.max_num_batched_tokens} tokens")
+    seats = limits.max_num_seqs - sum(1 for o in offers.running if o.request not in seen)
+    if len(seen) > seats:
+        raise PolicyError("compose", len(seen), f"requests do not fit into {seats} seats")
+    return items
+
+
+def checked_mode(answer: str, feasible: Sequence[str]) -> str:
+    if answer not in feasible:
+        raise PolicyError("tiering", answer, f"is not among the feasible options {list(feasible)}")
+    return answer
+
+
+def unchecked(answer: A) -> A:
+    return answer
