@@ -44,7 +44,9 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
         RuntimeError,
         HfHubHTTPError,
     ) as error:  # no network, offline mode, disk full
-        problem = f"not in the local cache and not to be had from the hub ({_first_line(error)})"
+        problem = (
+            f"no such directory, not in the hub cache, and the hub cannot be asked ({_first_line(error)})"
+        )
         way_out = (
             f"With a network: `hf download {hub_id} --local-dir DIR` on any machine, copy DIR here and give "
             "its path as the model. Without: use a shipped model (`llmlab models`)."
