@@ -216,34 +216,36 @@ class CostModel:
 
     def _set_rates(self) -> None:
         device, eff, power = self.hardware, self.efficiency, self.power
-        self._compute = self._compute_rates()
         memory = {"linear": eff.linear_memory, "attention": eff.attention_memory}
-        self._memory = {kind: self.bandwidth * memory.get(kind, eff.elementwise_memory) for kind in self._compute}
+        kinds = ("linear", "attention", "elementwise", "collective")
+        self._memory = {kind: self.bandwidth * memory.get(kind, eff.elementwise_memory) for kind in kinds}
         self._peer = device.link("peer") if self.tp > 1 else Link(float(2**63))
         self.static_watts = power.static_watts(device)
         self._per_byte = power.joules_per_byte(device, device.bandwidth * eff.linear_memory)
-        self._per_flop = {kind: power.joules_per_flop(device, peak) for kind, peak in self._compute.items()}
+        self._compute: dict[tuple[str, str], float] = {}
+        self._compute_rate("linear", self.precision.linear_format)  # a format without a unit raises here
+        self._compute_rate("attention", self.precision.attention_format)
 
-    def _compute_rates(self) -> dict[str, float]:
-        """Return the achieved operations per second of each kind of op."""
-        device, eff, precision = self.hardware, self.efficiency, self.precision
+    def _compute_rate(self, kind: str, dtype: str) -> float:
+        """Return the achieved operations per second of one kind of op in one format."""
+        rate = self._compute.get((kind, dtype))
+        if rate is None:
+            rate = self._compute[kind, dtype] = self._new_rate(kind, dtype)
+        return rate
+
+    def _new_rate(self, kind: str, dtype: str) -> float:
+        device, eff = self.hardware, self.efficiency
         if self.mode != "corrected":
             from roofline.llm_viewer import compute_format
 
-            peak = device.peak_of(compute_format(precision))  # the tool charges every op to one unit
-            return {"linear": peak, "attention": peak, "elementwise": peak, "collective": peak}
-        vector = device.peak_of("fp32")
-        return {
-            "linear": device.peak_of(precision.linear_format) * eff.linear_compute,
-            "attention": device.peak_of(precision.attention_format) * eff.attention_compute,
-            "elementwise": vector,
-            "collective": vector,
-        }
+            return device.peak_of(compute_format(self.precision))  # the tool charges every op to one unit
+        share = {"linear": eff.linear_compute, "attention": eff.attention_compute}
+        return device.peak_of(dtype) * share.get(kind, 1.0)
 
     def op_cost(self, op: Op) -> OpCost:
         """Return one op's time and energy on one device."""
         kind = op.kind
-        compute = op.flops / self._compute[kind]
+        compute = op.flops / self._compute_rate(kind, op.dtype)
         if kind == "linear" and self.hardware.units > 1 and self.efficiency.tile_side:
             compute *= self._tile_penalty(op)
         memory = op.bytes / self._memory[kind]
@@ -255,7 +257,8 @@ class CostModel:
 
     def op_energy(self, op: Op, seconds: float) -> OpEnergy:
         """Return the dynamic joules of one op that takes ``seconds``: a device throttles at its TDP."""
-        compute, memory = op.flops * self._per_flop[op.kind], op.bytes * self._per_byte
+        per_flop = self.power.joules_per_flop(self.hardware, self._compute_rate(op.kind, op.dtype))
+        compute, memory = op.flops * per_flop, op.bytes * self._per_byte
         allowed = (self.hardware.tdp - self.static_watts) * seconds
         if compute + memory > allowed:
             share = allowed / (compute + memory)

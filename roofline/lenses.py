@@ -102,7 +102,7 @@ class Case:
 
     def weights(self) -> float:
         """Return the weight bytes of the whole group, draft included."""
-        edge = self.shape.embedding_params() * max(self.precision.weight_bytes, 2.0)
+        edge = self.shape.embedding_params() * self.precision.edge.weight_bytes
         whole = edge + (weight_bytes(self.shape, self.precision) - edge) * self.kept_bytes
         extra = weight_bytes(self.draft.shape, self.draft.precision) if self.draft else 0.0
         return whole + extra

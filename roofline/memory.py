@@ -62,11 +62,10 @@ class MemoryPlan:
 def weight_bytes(shape: Shape, precision: Precision, tp: int = 1) -> float:
     """Return the weight bytes on one of ``tp`` devices: layers are cut into ``tp`` parts, norms are held whole.
 
-    Embedding and head stay at 16 bits where the layers are narrower, as weight-only quantisation leaves them.
+    Embedding and head stay at 16 bits where the layers are narrower, as quantisation leaves them.
     """
-    wide = max(precision.weight_bytes, 2.0)
     edge = shape.embedding_params()
-    return ((shape.num_params() - edge) * precision.weight_bytes + edge * wide) / tp
+    return ((shape.num_params() - edge) * precision.weight_bytes + edge * precision.edge.weight_bytes) / tp
 
 
 def activation_bytes(shape: Shape, precision: Precision, tokens: int, logits: int, tp: int = 1) -> float:

@@ -206,6 +206,7 @@ class AttentionRates:
 def edge_ops(shape: Shape, entering: int, leaving: int, precision: Precision, tp: int = 1) -> list[Op]:
     """Return embedding (for the tokens that enter) and last norm, head and sampling (for those that leave)."""
     part, d, found = Slice.of(shape, tp), shape.hidden_size, []
+    precision = precision.edge
     if entering:
         tables = (2 if shape.positions else 1) * entering * d * precision.weight_bytes
         found.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from roofline.errors import RooflineError, unknown
 
@@ -69,6 +69,13 @@ class Precision:
         return cls(weight, act, kv, linear, wide if act <= 16 else "fp32")
 
     @property
+    def edge(self) -> Precision:
+        """The precision of embedding and head, which quantisation leaves at 16 bits."""
+        if self.weight_bits >= 16:
+            return self
+        return replace(self, weight_bits=16.0, linear_format=self.attention_format)
+
+    @property
     def weight_bytes(self) -> float:
         """Bytes of one weight."""
         return self.weight_bits / 8
@@ -85,7 +92,8 @@ class Precision:
 
     @property
     def name(self) -> str:
-        """Short name: the format if all widths agree, else ``w4a16kv8``."""
+        """Short name: the format if all widths agree, else ``w4a16`` or ``w4a16kv8``."""
         if self.weight_bits == self.act_bits == self.kv_bits:
             return self.linear_format
-        return f"w{self.weight_bits:g}a{self.act_bits:g}kv{self.kv_bits:g}"
+        cache = "" if self.kv_bits == self.act_bits else f"kv{self.kv_bits:g}"
+        return f"w{self.weight_bits:g}a{self.act_bits:g}{cache}"
