@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmlab.clock import Clock, RealClock, VirtualClock
@@ -76,6 +77,7 @@ class Backend(NamedTuple):
     tokenizer: Any
     loaded: LoadedModel | None
     bytes_per_token: float
+    precision: str
 
 
 def register(seam: str, name: str, factory: Any) -> None:
@@ -99,14 +101,19 @@ def assemble(config: EngineConfig) -> Assembly:
     metrics = MetricsFold()
     log = _log(config, clock, metrics)
     executor = _executor(config, backend, clock, num_blocks, num_host_blocks)
-    memory = KVManager(num_blocks, num_host_blocks, config.block_size, config.enable_prefix_caching, log,
-                       _eviction_chooser(config, log))  # fmt: skip
-    scheduler = Scheduler(_policies(config, log), memory, backend.cost, log, limits, config.view_cap,
-                          config.num_alternatives)  # fmt: skip
+    scheduler = build_scheduler(config, backend.cost, limits, log, num_blocks, num_host_blocks)
     effective = {**config.describe(), "num_blocks": num_blocks, "num_host_blocks": num_host_blocks,
                  "max_model_len": limits.max_model_len}  # fmt: skip
     _announce(log, config, backend, executor, effective)
     return Assembly(scheduler, executor, clock, log, backend.tokenizer, metrics, backend.model, limits)
+
+
+def build_scheduler(config: EngineConfig, cost: CostModel, limits: Limits, log: EventLog, num_blocks: int,
+                    num_host_blocks: int) -> Scheduler:  # fmt: skip
+    """A scheduler with its memory and policies; neither model nor executor is needed."""
+    memory = KVManager(num_blocks, num_host_blocks, config.block_size, config.enable_prefix_caching, log,
+                       _eviction_chooser(config, log))  # fmt: skip
+    return Scheduler(_policies(config, log), memory, cost, log, limits, config.view_cap, config.num_alternatives)
 
 
 def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: Executor, effective: dict[str, Any]) -> None:
@@ -117,7 +124,8 @@ def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: E
         ev.RunStarted, mode=executor.mode, config=effective, code=__version__, seed=config.seed, level=config.log_level,
         hardware={"name": device.name, "bandwidth": device.bandwidth, **executor.describe()},
         model={"name": model.name, "vocab_size": model.vocab_size, "eos_token_ids": list(model.eos_token_ids),
-               "num_layers": model.shape.num_layers, "kv_bytes_per_token": backend.bytes_per_token},
+               "kv_bytes_per_token": backend.bytes_per_token, "precision": backend.precision,
+               "shape": asdict(model.shape)},
     )  # fmt: skip
 
 
@@ -185,7 +193,7 @@ def _torch_backend(config: EngineConfig) -> Backend:
     facts = ModelFacts(loaded.name, shape.vocab_size, loaded.max_model_len, loaded.eos_token_ids, shape)
     tokenizer = loaded.tokenizer if hasattr(loaded.tokenizer, "vocab_size") else None
     cost = RooflineCost(shape, machine, config.block_size, precision)
-    return Backend(facts, cost, machine, tokenizer, loaded, shape.kv_bytes_per_token(precision))
+    return Backend(facts, cost, machine, tokenizer, loaded, shape.kv_bytes_per_token(precision), precision)
 
 
 def _device(config: EngineConfig, torch: Any) -> str:
@@ -218,7 +226,7 @@ def _sim_backend(config: EngineConfig) -> Backend:
     dtype = {"auto": machine.default_dtype, "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[config.dtype]
     cost = RooflineCost(shape, machine, config.block_size, dtype)
     facts = ModelFacts(shape.name, shape.vocab_size, config.max_model_len or 1 << 20, (shape.vocab_size - 1,), shape)
-    return Backend(facts, cost, machine, None, None, shape.kv_bytes_per_token(dtype))
+    return Backend(facts, cost, machine, None, None, shape.kv_bytes_per_token(dtype), dtype)
 
 
 def _hardware(name: str) -> hw.Hardware:

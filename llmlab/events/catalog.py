@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from llmlab.types import Cost, Durations, ItemResult, Move, Request, WorkItem
+from llmlab.types import Cost, Durations, FinishReason, ItemResult, Move, Request, WorkItem
 
 SCHEMA = 1
 
@@ -120,7 +120,7 @@ class FinishRequested(Event, frozen=True, tag=True):
     """The outside ended a request between two steps: an abort, or a stop string in its text."""
 
     LEVEL: ClassVar[int] = 1
-    reason: str
+    reason: FinishReason
     detail: str = ""
 
 
@@ -141,7 +141,7 @@ class RequestFinished(Event, frozen=True, tag=True):
     """The end of a request; its memory is free again."""
 
     LEVEL: ClassVar[int] = 0
-    reason: str
+    reason: FinishReason
     num_output_tokens: int
     num_preemptions: int = 0
     detail: str = ""

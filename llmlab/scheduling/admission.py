@@ -17,8 +17,8 @@ class PromptFits:
     def admit(self, view: EngineView, request: RequestView, need: Need) -> Admit | Wait:
         spare = int(self.watermark * view.pool.num_blocks) if view.running else 0
         if need.prompt + spare <= view.pool.num_free:
-            return Admit(f"needs {need.prompt} blocks, {view.pool.num_free} are free")
-        return Wait(f"its tokens need {need.prompt} blocks plus {spare} spare, {view.pool.num_free} are free")
+            return Admit(f"it takes {need.prompt} of {view.pool.num_free} free blocks")
+        return Wait(f"{view.pool.num_free} blocks are free, it needs {need.prompt} and {spare} must stay spare")
 
 
 class WorstCase:
