@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, log2
 
 from roofline.errors import RooflineError, non_negative
 from roofline.hardware import Hardware, Link
@@ -33,7 +33,8 @@ class Efficiency:
 
     ``tile_side``: the side of a (square) output tile at which a multiprocessor reaches half of its rate: small
     tiles read more operands per operation. 0 switches tiles and waves off, as does ``Hardware.units == 1``.
-    ``launch``: seconds per kernel; ``step``: seconds per step outside of kernels.
+    ``launch``: seconds per kernel; ``linear_start``: further seconds per
+    matrix product, whose pipeline must fill and drain; ``step``: seconds per step outside of kernels.
     """
 
     linear_compute: float = 0.9
@@ -44,6 +45,7 @@ class Efficiency:
     link: float = 0.8
     tile_side: float = 16.0
     launch: float = 2e-6
+    linear_start: float = 0.0
     step: float = 0.0
 
     def __post_init__(self) -> None:
@@ -51,13 +53,13 @@ class Efficiency:
                      "elementwise_memory", "link"):  # fmt: skip
             if not 0 < getattr(self, name) <= 1:
                 raise RooflineError(f"efficiency {name} must lie in (0, 1], got {getattr(self, name)!r}")
-        for name in ("tile_side", "launch", "step"):
+        for name in ("tile_side", "launch", "linear_start", "step"):
             non_negative(f"efficiency {name}", getattr(self, name))
 
     @classmethod
     def ideal(cls) -> Efficiency:
         """Return the data sheet itself: every fraction 1, no launch, no tiles."""
-        return cls(1, 1, 1, 1, 1, 1, 0.0, 0.0, 0.0)
+        return cls(1, 1, 1, 1, 1, 1, 0.0, 0.0, 0.0, 0.0)
 
     @classmethod
     def default(cls, hardware: Hardware) -> Efficiency:
@@ -222,6 +224,7 @@ class CostModel:
         self._peer = device.link("peer") if self.tp > 1 else Link(float(2**63))
         self.static_watts = power.static_watts(device)
         self._per_byte = power.joules_per_byte(device, device.bandwidth * eff.linear_memory)
+        self._launch = {kind: eff.launch + (eff.linear_start if kind == "linear" else 0.0) for kind in kinds}
         self._compute: dict[tuple[str, str], float] = {}
         self._compute_rate("linear", self.precision.linear_format)  # a format without a unit raises here
         self._compute_rate("attention", self.precision.attention_format)
@@ -250,7 +253,7 @@ class CostModel:
             compute *= self._tile_penalty(op)
         memory = op.bytes / self._memory[kind]
         link = self._link_seconds(op.bytes_link) if op.bytes_link else 0.0
-        launch = self.efficiency.launch
+        launch = self._launch[kind]
         seconds = launch + max(compute, memory) + link
         joules = self.op_energy(op, seconds).total + self.static_watts * seconds
         return OpCost(op, seconds, compute, memory, launch, link, joules)
@@ -266,8 +269,12 @@ class CostModel:
         return OpEnergy(compute, memory, op.bytes_link * self.power.joules_per_link_byte)
 
     def _link_seconds(self, num_bytes: float) -> float:
-        # A ring takes 2 (p - 1) hops one after the other, each with the link's latency.
-        return 2 * (self.tp - 1) * self._peer.latency + num_bytes / (self._peer.bandwidth * self.efficiency.link)
+        """Return the faster of a ring (little data, many hops) and a tree (few hops), as libraries choose."""
+        p, link = self.tp, self._peer
+        rate = link.bandwidth * self.efficiency.link
+        ring = 2 * (p - 1) * link.latency + num_bytes / rate
+        tree = 2 * ceil(log2(p)) * link.latency + num_bytes * p / (p - 1) / rate
+        return min(ring, tree)
 
     def _tile_penalty(self, op: Op) -> float:
         """Return how much longer a product takes because tiles are dealt to multiprocessors in whole waves."""
