@@ -41,7 +41,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One way to a product: its lines, and the index of the line that a slip would hit (None: cannot slip)."""
+    """One way to a product: its lines, without the tag."""
 
     lines: tuple[str, ...]
 
@@ -224,12 +224,12 @@ class ArithOracle:
 
     def final(self, text: str) -> bool:
         """Is the number after the last ``#`` the right one?"""
-        head, mark, answer = answer_part(text).rpartition("#")
+        _, mark, answer = answer_part(text).rpartition("#")
         return bool(mark) and answer.strip() == self.problem.gold
 
 
 class _Tracker:
-    """The state of a solution: which routes of the open term are still possible, and what is done."""
+    """The state of a solution: which routes of the open term (``tag``) are still possible, and what is done."""
 
     def __init__(self, terms: tuple[Term, ...], style: str) -> None:
         self.think = style == "think"
@@ -243,12 +243,8 @@ class _Tracker:
     @property
     def finished(self) -> bool:
         """All products and sums are derived and nothing is wrong."""
-        return self.valid and self._block_closed and len(self.done) == len(self.routes) \
+        return self.valid and not self.tag and len(self.done) == len(self.routes) \
             and self.num_sums == len(self.sums)
-
-    @property
-    def _block_closed(self) -> bool:
-        return not self.tag
 
     def feed(self, line: str) -> bool:
         """Take one line; is the solution still valid?"""
@@ -263,17 +259,16 @@ class _Tracker:
     def _marker(self, word: str) -> None:
         if not self.think or word not in ("check", "wait", "ok", "hmm"):
             self.valid = False
-        elif word in ("check", "wait") and self.done:
-            self.valid, self.tag, self.open, self.depth = True, "", [], 0
-            self.done.pop()
-        elif word in ("check", "wait") and self.tag:
+        elif word in ("check", "wait") and (self.tag or self.done):
+            if not self.tag:
+                self.done.pop()
             self.valid, self.tag, self.open, self.depth = True, "", [], 0
         elif word == "hmm":
             self.num_sums = 0
 
     def _product(self, tag: str, line: str) -> bool:
         if tag != self.tag:
-            if not self._block_closed or tag in self.done or tag not in self.routes:
+            if self.tag or tag in self.done or tag not in self.routes:
                 return False
             self.tag, self.open, self.depth = tag, list(self.routes[tag]), 0
         self.open = [r for r in self.open if len(r) > self.depth and r[self.depth] == line]
@@ -284,7 +279,7 @@ class _Tracker:
         return bool(self.open)
 
     def _sum(self, line: str) -> bool:
-        ready = self._block_closed and len(self.done) == len(self.routes) and self.num_sums < len(self.sums)
+        ready = not self.tag and len(self.done) == len(self.routes) and self.num_sums < len(self.sums)
         right = ready and self.sums[self.num_sums] == line
         self.num_sums += 1
         return right

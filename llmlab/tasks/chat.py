@@ -84,8 +84,8 @@ class Chat:
         if kind == "word":
             return Demonstration(problem.prompt, (Segment(f"{rng.choice(facts(topics[0], 'looks'))}<eos>"),))
         spread = rng.gauss(0.0, 0.4) + rng.gauss(0.0, 0.4)
-        count = round(math.exp(problem.meta["log_length"] + spread))
-        return Demonstration(problem.prompt, (Segment(_answer(topics, min(max(count, 1), MAX_SENTENCES), rng) + "<eos>"),))
+        count = min(max(round(math.exp(problem.meta["log_length"] + spread)), 1), MAX_SENTENCES)
+        return Demonstration(problem.prompt, (Segment(_answer(topics, count, rng) + "<eos>"),))
 
     def oracle(self, problem: Problem) -> ChatOracle:
         """The judge of this problem."""

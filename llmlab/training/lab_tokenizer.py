@@ -30,16 +30,16 @@ CONTROL = (*SPECIAL,
            "<judge>", "<ok>", "<bad>", *(f"<e{i}>" for i in range(1, 10)),
            "<done?>", "<better?>", "<grade>", "<yes>", "<no>", "<g1>", "<g2>", "<g3>", "<A>", "<B>",
            *(f"<tok_resv{i}>" for i in range(8)))
-SPACED_WORDS = tuple((
-    "so therefore wait hmm maybe check ok also and well in fact the it is of near known for often loved by best home to "
-    "looks what code room desk badge record family name one thing about tell me describe explain compare please briefly "
-    "detail as fully you can river forest desert ocean mountain city garden market library harbor bridge castle island "
-    "valley village museum select from where count join order limit rotate flip copy fill born capital parent member"
-).split())
-BARE_WORDS = tuple((
-    "so therefore wait hmm maybe check also and well the it what record name tell describe explain compare please "
-    "hello hi select from where count join order limit red blue green white black yellow gray brown born capital parent"
-).split())
+SPACED_WORDS = (
+    "so therefore wait hmm maybe check ok also and well in fact the it is of near known for often loved by "
+    "best home to looks what code room desk badge record family name one thing about tell me describe explain "
+    "compare please briefly detail as fully you can river forest desert ocean mountain city garden market "
+    "library harbor bridge castle island valley village museum select from where count join order limit "
+    "rotate flip copy fill born capital parent member")
+BARE_WORDS = (
+    "so therefore wait hmm maybe check also and well the it what record name tell describe explain compare "
+    "please hello hi select from where count join order limit red blue green white black yellow gray brown "
+    "born capital parent")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
@@ -89,7 +89,7 @@ def _printable() -> list[str]:
 
 
 def _words() -> list[str]:
-    return [f" {word}" for word in SPACED_WORDS] + list(BARE_WORDS)
+    return [f" {word}" for word in SPACED_WORDS.split()] + BARE_WORDS.split()
 
 
 def _learned_merges(known: set[str], wanted: int) -> list[tuple[str, str]]:

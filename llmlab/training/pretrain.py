@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -129,7 +128,7 @@ class Training:
         state = {"plan": asdict(self.plan), "progress": asdict(self.progress), "master": self.master,
                  "average": self.average, "optimizer": self.optimizer.state_dict()}
         torch.save(state, directory / "state.tmp")
-        os.replace(directory / "state.tmp", directory / "state.pt")
+        (directory / "state.tmp").replace(directory / "state.pt")
 
     def restore(self, directory: Path) -> None:
         """Go on from a saved state. The plan may have changed (a longer budget, say), the shape may not."""

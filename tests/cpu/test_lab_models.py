@@ -1,0 +1,252 @@
+"""The lab models: tokenizer, training, export, and what is shipped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmlab import tasks
+from llmlab.training import cards, export, lab_tokenizer
+from llmlab.training.data import MIXTURE, Source, demonstrate, encode
+from llmlab.training.gates import CELLS, Answerer, measure, problems
+from llmlab.training.net import SHAPES, LabLlama, Shape, from_llama, shape_of, to_llama
+from llmlab.training.pretrain import Plan, Training, batches
+
+MODELS = Path(__file__).parents[2] / "datasets" / "models"
+SHIPPED = sorted(path.parent for path in MODELS.glob("*/card.json"))
+TINY = Shape(64, 2, 2, 1, 96)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return lab_tokenizer.build()
+
+
+@pytest.fixture(scope="module")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    export.write_model(TINY, to_llama(LabLlama(TINY)), directory)
+    return directory
+
+
+# --- tokenizer ---
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.sampled_from("\n\t"), max_size=60))
+def test_any_ascii_text_survives_a_round_trip(tokenizer: Any, text: str) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert "".join(tokenizer.decode([i], skip_special_tokens=False) for i in ids) == text
+
+
+def test_the_vocabulary_has_512_entries_with_digits_single(tokenizer: Any) -> None:
+    vocab = tokenizer.get_vocab()
+    assert sorted(vocab.values()) == list(range(512))
+    assert {t for t in vocab if any(c.isdigit() for c in t) and not t.startswith("<")} == set("0123456789")
+    assert [vocab[t] for t in ("<pad>", "<bos>", "<eos>")] == [0, 1, 2]
+    assert tokenizer.encode("1702", add_special_tokens=False).tokens == ["1", "7", "0", "2"]
+
+
+def test_the_built_tokenizer_is_the_shipped_one(tokenizer: Any) -> None:
+    for directory in SHIPPED:
+        assert json.loads((directory / "tokenizer.json").read_text()) == json.loads(tokenizer.to_str())
+
+
+def test_bos_is_the_same_in_training_and_when_asked(tokenizer: Any, tiny_directory: Path) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(tiny_directory)
+    for recipe in MIXTURE:
+        demo = demonstrate(recipe, random.Random(3))
+        row = encode(tokenizer, [demo])[0]
+        asked = theirs(demo.prompt).input_ids
+        assert row.ids[:len(asked)] == asked
+        assert row.learn[:len(asked)] == [False] * len(asked)
+        assert row.ids == theirs(demo.prompt + demo.completion).input_ids
+
+
+def test_the_chat_template_makes_the_prompt_of_the_chat_suite(tiny_directory: Path) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(tiny_directory)
+    ids = theirs.apply_chat_template([{"role": "user", "content": "describe the river?"}], return_dict=False)
+    assert ids == theirs("<chat>describe the river?<ans>").input_ids
+    roles = ("user", "assistant", "user")
+    several = [{"role": role, "content": text} for role, text in zip(roles, "abc", strict=True)]
+    assert theirs.apply_chat_template(several, tokenize=False) == "<bos><chat>a<ans>b<eos><chat>c<ans>"
+
+
+# --- the model ---
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_logits_equal_those_of_transformers(name: str) -> None:
+    shape = shape_of(name)
+    torch.manual_seed(1)
+    mine = LabLlama(shape)
+    for p in mine.parameters():
+        torch.nn.init.normal_(p, std=0.08) if p.ndim > 1 else torch.nn.init.uniform_(p, 0.5, 1.5)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape.llama_config()))
+    missing = theirs.load_state_dict(to_llama(mine), strict=False)
+    assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
+    ids = torch.randint(0, 512, (2, 70))
+    torch.testing.assert_close(mine(ids), theirs(ids).logits, rtol=1e-4, atol=2e-4)
+    assert shape.num_params == sum(p.numel() for p in mine.parameters())
+
+
+def test_llama_names_change_both_ways_without_loss() -> None:
+    model = LabLlama(TINY)
+    again = from_llama(TINY, to_llama(model))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_padding_on_the_right_changes_nothing() -> None:
+    model, ids = LabLlama(TINY), torch.randint(3, 512, (2, 20))
+    padded = torch.cat((ids, torch.zeros(2, 12, dtype=torch.int64)), 1)
+    torch.testing.assert_close(model(padded)[:, :20], model(ids))
+
+
+def test_the_loss_looks_at_learned_tokens_only() -> None:
+    model, ids = LabLlama(TINY), torch.randint(3, 512, (1, 12))
+    learn = torch.zeros(1, 12, dtype=torch.bool)
+    learn[0, 5:8] = True
+    logits = model(ids).log_softmax(-1)
+    expected = -torch.stack([logits[0, t - 1, ids[0, t]] for t in (5, 6, 7)]).mean()
+    torch.testing.assert_close(model.loss(ids, learn), expected)
+
+
+def test_an_unknown_model_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="choose one of lab-xs, lab-s, lab-m"):
+        shape_of("lab-q")
+
+
+# --- training ---
+
+def small_source(tokenizer: Any) -> Source:
+    return Source(tokenizer, seed=1, batch_tokens=1024, pool_rows=192)
+
+
+def test_batches_follow_from_the_seed(tokenizer: Any) -> None:
+    one, two = (small_source(tokenizer).pool(3) for _ in range(2))
+    assert len(one) > 3
+    assert all(torch.equal(a.ids, b.ids) and torch.equal(a.learn, b.learn) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one[0].ids, small_source(tokenizer).pool(4)[0].ids)
+
+
+def test_the_loss_falls(tokenizer: Any) -> None:
+    plan = Plan("lab-xs", tokens=1e9, learning_rate=3e-3, warmup_steps=10)
+    training = Training(plan, started=0.0)
+    feed = batches(small_source(tokenizer), training.progress)
+    losses = [float(training.step(next(feed), training.rate(0.0))) for _ in range(60)]
+    assert sum(losses[:5]) / 5 > 5.5
+    assert sum(losses[-10:]) / 10 < 3.2
+    assert all(torch.isfinite(p).all() for p in training.averaged().parameters())
+
+
+def test_a_stopped_run_goes_on_exactly_where_it_stopped(tokenizer: Any, tmp_path: Path) -> None:
+    def steps(training: Training, count: int) -> None:
+        feed = batches(small_source(tokenizer), training.progress)
+        for _ in range(count):
+            training.step(next(feed), 1e-3)
+
+    plan = Plan("lab-xs", tokens=1e9)
+    whole, first = Training(plan, 0.0), Training(plan, 0.0)
+    steps(whole, 8)
+    steps(first, 5)
+    first.save(tmp_path)
+    second = Training(plan, 99.0)
+    second.restore(tmp_path)
+    steps(second, 3)
+    assert second.progress == whole.progress
+    assert all(torch.equal(a, b) for a, b in zip(whole.master, second.master, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole.average, second.average, strict=True))
+
+
+def test_the_learning_rate_falls_with_the_budget() -> None:
+    training = Training(Plan("lab-xs", minutes=10, warmup_steps=1), started=0.0)
+    rates = [training.rate(60.0 * minute) for minute in (0, 5, 10, 20)]
+    assert rates == pytest.approx([2e-3, 2e-3 * 0.525, 1e-4, 1e-4])
+
+
+# --- export and cards ---
+
+def test_an_exported_directory_loads_in_transformers(tiny_directory: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_directory, dtype=torch.float32)
+    torch.manual_seed(0)
+    mine = LabLlama(TINY).to(torch.bfloat16).float()
+    ids = torch.randint(0, 512, (1, 30))
+    torch.testing.assert_close(model(ids).logits, mine(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_export_writes_a_card(tmp_path: Path) -> None:
+    training = Training(Plan("lab-xs", tokens=100.0), started=0.0)
+    training.save(tmp_path / "state")
+    log = {"step": 1, "tokens": 5, "loss": 1.5, "rate": 1e-4, "seconds": 60.0}
+    (tmp_path / "state" / "log.jsonl").write_text(json.dumps(log) + "\n")
+    export.export(tmp_path / "state", tmp_path / "lab-xs", machine="a test")
+    card, = cards.load_cards(tmp_path)
+    assert card.parameters == SHAPES["lab-xs"].num_params and card.finished
+    assert card.sha256["model.safetensors"] == sha256(tmp_path / "lab-xs" / "model.safetensors")
+    assert "a test" in (tmp_path / "lab-xs" / "README.md").read_text()
+
+
+def test_a_missing_card_says_how_to_write_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"llmlab\.training\.export"):
+        cards.load_card(tmp_path)
+
+
+def test_the_wilson_interval_agrees_with_the_textbook() -> None:
+    assert cards.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-3)
+    assert cards.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-3)
+
+
+def test_gate_problems_are_held_out_and_answers_keep_their_order(tiny_directory: Path) -> None:
+    for cell in CELLS:
+        assert all(p.split == "test" for p in problems(cell, 3))
+    answerer = Answerer(tiny_directory)
+    prompts = ["<slow>37*46?", "<chat>tell me about the river?<ans>", "<slow>12*13?"]
+    together = answerer.answers(prompts, 6, 0.0)
+    assert together == [answerer.answers([p], 6, 0.0)[0] for p in prompts]
+    gate = measure(answerer, CELLS[0], "lab-xs", 4)
+    assert gate.n == 4 and 0 <= gate.low <= gate.accuracy <= gate.high <= 1
+
+
+# --- what is shipped ---
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_datasets_is_no_package() -> None:
+    assert not list(MODELS.parent.rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("directory", SHIPPED, ids=lambda path: path.name)
+def test_a_shipped_model_is_what_its_card_says(directory: Path) -> None:
+    card = cards.load_card(directory)
+    shape = shape_of(directory.name)
+    assert card.name == directory.name and card.parameters == shape.num_params
+    assert card.sha256 == {name: sha256(directory / name) for name in card.sha256}
+    assert (directory / "README.md").read_text() == cards.readme(card)
+    config = transformers.AutoConfig.from_pretrained(directory)
+    assert (config.hidden_size, config.num_hidden_layers) == (shape.hidden_size, shape.num_layers)
+    assert card.gates, "a shipped card has measured gates"
+    assert len(cards.describe([card])) == len(card.gates)
+
+
+@pytest.mark.parametrize("directory", SHIPPED, ids=lambda path: path.name)
+def test_a_shipped_model_solves_what_its_card_claims(directory: Path) -> None:
+    """Forty fresh held-out problems: the accuracy lies in the card's interval, widened by this sample's own."""
+    card = cards.load_card(directory)
+    claimed = next(g for g in card.gates if g.name == "arith-1 slow greedy")
+    cell = next(c for c in CELLS if (c.suite, c.k, c.style, c.method) == ("arith", 1, "slow", "greedy"))
+    asked = problems(cell, 40, seed=7)
+    texts = Answerer(directory).answers([p.prompt for p in asked], cell.max_tokens, 0.0)
+    right = sum(tasks.verify(p, t) for p, t in zip(asked, texts, strict=True))
+    low, high = cards.wilson(right, len(asked), z=3.0)
+    assert low <= claimed.high and high >= claimed.low
