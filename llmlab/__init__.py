@@ -1,4 +1,4 @@
-"""llmlab: the lab bench of LLM inference. Ten public names, loaded when they are first used."""
+"""llmlab: the lab bench of LLM inference. The public names, loaded when they are first used."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llmlab.assembly import register
+    from llmlab.comparing import compare
     from llmlab.config import EngineConfig
     from llmlab.engine import Engine
-    from llmlab.events.trace import Run
     from llmlab.llm import LLM
     from llmlab.running import run
+    from llmlab.runs import Run
     from llmlab.types import LabError, Request, SamplingParams
     from llmlab.workloads.workload import Workload
 
 _HOME = {
     "LLM": "llmlab.llm", "SamplingParams": "llmlab.types", "Engine": "llmlab.engine",
-    "EngineConfig": "llmlab.config", "run": "llmlab.running", "Run": "llmlab.events.trace",
+    "EngineConfig": "llmlab.config", "run": "llmlab.running", "Run": "llmlab.runs",
     "Workload": "llmlab.workloads.workload", "register": "llmlab.assembly", "LabError": "llmlab.types",
-    "Request": "llmlab.types",
+    "Request": "llmlab.types", "compare": "llmlab.comparing",
 }  # fmt: skip
-__all__ = ["LLM", "Engine", "EngineConfig", "LabError", "Request", "Run", "SamplingParams", "Workload", "register", "run"]
+__all__ = [
+    "LLM", "Engine", "EngineConfig", "LabError", "Request", "Run", "SamplingParams", "Workload", "compare", "register",
+    "run",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

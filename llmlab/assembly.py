@@ -113,7 +113,7 @@ def build_scheduler(config: EngineConfig, cost: CostModel, limits: Limits, log: 
     """A scheduler with its memory and policies; neither model nor executor is needed."""
     memory = KVManager(num_blocks, num_host_blocks, config.block_size, config.enable_prefix_caching, log,
                        _eviction_chooser(config, log))  # fmt: skip
-    return Scheduler(_policies(config, log), memory, cost, log, limits, config.view_cap, config.num_alternatives)
+    return Scheduler(policies_of(config, log), memory, cost, log, limits, config.view_cap, config.num_alternatives)
 
 
 def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: Executor, effective: dict[str, Any]) -> None:
@@ -145,7 +145,8 @@ def _limits(config: EngineConfig, model: ModelFacts, num_blocks: int) -> Limits:
     return Limits(config.max_num_seqs, config.max_num_batched_tokens, longest)
 
 
-def _policies(config: EngineConfig, log: EventLog) -> Policies:
+def policies_of(config: EngineConfig, log: EventLog) -> Policies:
+    """The guarded seams that a configuration asks for."""
     def seam(name: str, default: str) -> Seam[Any]:
         registry = REGISTRIES[name]
         return Seam(name, registry.resolve(getattr(config, name)), registry.resolve(default), log, config.policy_timeout)

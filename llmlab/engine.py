@@ -34,9 +34,9 @@ class Engine:
     RequestError on requests that cannot be served; whatever else runs goes on.
     """
 
-    def __init__(self, config: EngineConfig | None = None, **fields: Any) -> None:
+    def __init__(self, config: EngineConfig | None = None, parts: Assembly | None = None, **fields: Any) -> None:
         self.config = config if config is not None else engine_config(**fields)
-        parts: Assembly = assemble(self.config)
+        parts = assemble(self.config) if parts is None else parts
         self.scheduler = parts.scheduler
         self.executor = parts.executor
         self.clock = parts.clock
@@ -95,6 +95,14 @@ class Engine:
         self._answers[request.id] = state
         heapq.heappush(self._future, (request.arrival, request.number, request))
         return request.id
+
+    def expect(self, request: Request) -> None:
+        """Queue a ready-made request, as a replay or a fork does; its output is not put together."""
+        heapq.heappush(self._future, (request.arrival, request.number, request))
+
+    def adopt(self, plan: StepPlan, ticket: Ticket) -> None:
+        """Take over a step that somebody else submitted; it will be collected in its turn."""
+        self._inflight.append((plan, ticket))
 
     def abort(self, request_id: str) -> None:
         """End a request now; it keeps the tokens that it has. Unknown or finished ids are ignored."""

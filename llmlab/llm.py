@@ -8,9 +8,9 @@ from typing import Any
 
 from llmlab.config import EngineConfig, engine_config
 from llmlab.engine import Engine
-from llmlab.events.trace import Run
 from llmlab.outputs import RequestOutput
 from llmlab.prompts import Prompt
+from llmlab.runs import Run
 from llmlab.types import RequestError, SamplingParams
 
 

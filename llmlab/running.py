@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from llmlab.config import EngineConfig
 from llmlab.engine import Engine
-from llmlab.events.trace import Run
 from llmlab.outputs import RequestOutput
+from llmlab.runs import Run
 from llmlab.workloads.workload import Workload
 
 
