@@ -95,9 +95,18 @@ def _parted(a: Run, b: Run) -> str:
     left = [e for e in a.log_events if isinstance(e, kinds)]
     right = [e for e in b.log_events if isinstance(e, kinds)]
     for x, y in zip(left, right):
-        if timeless(x) != timeless(y):
+        if _essence(x) != _essence(y):
             return f"They part at step {x.step}. a: {_tell(x)} b: {_tell(y)}"
     return "They took the same decisions." if len(left) == len(right) else "One goes on where the other ends."
+
+
+def _essence(event: ev.Event) -> object:
+    """What happened, apart from who decided it and what else there was."""
+    if isinstance(event, ev.Decision):
+        return event.seam, event.chosen
+    if isinstance(event, ev.StepPlanned):
+        return event.items, event.moves
+    return timeless(event)
 
 
 def _tell(event: ev.Event) -> str:

@@ -84,7 +84,7 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     position = _replay_until(run, scheduler, clock, at)
     _prove(run, scheduler, position, at)
     config = recorded_config(run, **{**(recorded or {}), **changes})
-    scheduler.policies = policies_of(config, scheduler.log)
+    scheduler.adopt(policies_of(config, scheduler.log), clock.now())
     engine = _engine(run, config, scheduler, clock)
     _continue(run, engine, position)
     return list(scheduler.log)

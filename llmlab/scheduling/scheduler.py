@@ -208,10 +208,17 @@ class Scheduler:
             return cost
         return msgspec.structs.replace(cost, seconds=cost.seconds + self._cost.swap(swapped).seconds)
 
+    def adopt(self, policies: Policies, now: float) -> None:
+        """Go on under other policies, as a fork does; the queue is sorted anew."""
+        self.policies = policies
+        self._sort_queue(now)
+
     def _refresh_queue(self, now: float) -> None:
+        if getattr(self.policies.ordering.policy, "refresh", "arrival") == "step" and len(self.waiting) > 1:
+            self._sort_queue(now)
+
+    def _sort_queue(self, now: float) -> None:
         ordering = self.policies.ordering
-        if getattr(ordering.policy, "refresh", "arrival") != "step" or len(self.waiting) < 2:
-            return
         views = {seq.id: self._request_view(seq) for seq in self.waiting}
         keys = {name: ordering.ask(lambda p, v=v: checked_key(p.key(v, now)), unchecked)  # type: ignore[misc]
                 for name, v in views.items()}  # fmt: skip
