@@ -1,7 +1,8 @@
 """Roofline cost model of LLM inference: numpy at most, no torch, importable alone.
 
 ``CostModel("llama-2-7b", "a100-40gb").step(Rows.decode(batch=1, context=512))`` predicts a step; ``step_ops`` lists
-what it consists of; ``plan`` says how many tokens fit; ``lenses`` show what a technique changes.
+what it consists of; ``roofline.memory.plan`` says how many tokens fit; ``roofline.lenses`` show what a technique
+changes; ``roofline.fit`` fits the model to measured kernels; ``roofline.charts`` draw it. See ``docs/roofline.md``.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ time, which a few odd rows cannot pull (an L1 loss) and which treats half and do
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,3 +221,19 @@ def _vidur_ops(row: dict[str, str]) -> dict[str, Op]:
         "mlp_act": elementwise("act", SILU_FLOPS * tokens * width, 2 * tokens * width, tokens * width, fp16),
         "add": elementwise("add", tokens * d, 2 * tokens * d, tokens * d, fp16),
     }
+
+
+def report(device: str, path: str | Path) -> str:
+    """Fit on one half of a profile's matrix products and return the errors on the other, as a sentence."""
+    first, second = split_halves(load_vidur(path))
+    hardware = get_hardware(device)
+    found = fit(first, hardware)
+    trials = {"fitted": found.efficiency, "default": Efficiency.default(hardware), "data sheet": Efficiency.ideal()}
+    medians = (f"{name} {np.median(errors(second, hardware, eff)):.1%}" for name, eff in trials.items())
+    return f"{device}: median error on {len(second)} held-out kernels: {', '.join(medians)}\n{found.efficiency}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m roofline.fit DEVICE VIDUR_PROFILE.csv")
+    print(report(sys.argv[1], sys.argv[2]))

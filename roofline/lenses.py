@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from roofline.cost import CostModel, Efficiency, OpCost, Tally
+from roofline.cost import CostModel, Efficiency, OpCost, StepCost, Tally
 from roofline.errors import RooflineError, positive
 from roofline.hardware import Hardware
 from roofline.hardware import get as get_hardware
@@ -114,6 +114,14 @@ class Case:
             size += self.draft.shape.num_layers * self.draft.shape.kv_elements * self.draft.precision.kv_bytes
         return size
 
+    def _draft_steps(self) -> list[StepCost]:
+        """Price the draft's steps, each one token further than the one before."""
+        if self.draft is None:
+            return []
+        n, draft = self.draft.steps, self.draft
+        model = CostModel(draft.shape, self.hardware, draft.precision, efficiency=self.efficiency)
+        return [model.step(Rows([1] * len(self.rows), [kv - n + i for kv in self.rows.kv])) for i in range(n)]
+
     def outcome(self) -> Outcome:
         """Price the case."""
         total, model = Tally(), self.model()
@@ -122,12 +130,9 @@ class Case:
             total.add(cost, cost.op.count)
         seconds = total.seconds + model.efficiency.step
         flops, moved, joules = (self.tp * value for value in (total.flops, total.bytes, total.joules))
-        if self.draft:
-            price = CostModel(self.draft.shape, self.hardware, self.draft.precision, efficiency=self.efficiency)
-            one = price.step(Rows([1] * len(self.rows), self.rows.kv))
-            n = self.draft.steps
-            seconds, flops = seconds + n * one.seconds, flops + n * one.flops
-            moved, joules = moved + n * one.bytes_hbm, joules + n * one.joules
+        for one in self._draft_steps():
+            seconds, flops = seconds + one.seconds, flops + one.flops
+            moved, joules = moved + one.bytes_hbm, joules + one.joules
         return Outcome(seconds, flops, moved, joules, self.weights(), self.kv_per_token(), self.tokens, costs)
 
 

@@ -89,6 +89,32 @@ def test_shape_from_a_hugging_face_configuration() -> None:
         shapes.from_config({"hidden_size": 8, "num_attention_heads": 1, "vocab_size": 9})
 
 
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if not name.startswith("opt")])
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_the_op_list_reads_every_parameter_once(name: str, tokens: int) -> None:
+    """One token reads the active parameters, very many read all; norms, biases and tables are no products."""
+    shape = shapes.get(name)
+    listed = step_ops(shape, Rows([1] * tokens, [1] * tokens))
+    read = sum(op.bytes_weight * op.count for op in listed if op.kind == "linear") / 2
+    want = shape.num_params(active=tokens == 1) - shape.vocab_size * shape.hidden_size
+    assert read == pytest.approx(want, rel=1e-3) and read <= want
+    if tokens == 1:  # two operations per parameter read
+        assert sum(op.flops * op.count for op in listed if op.kind == "linear") == pytest.approx(2 * read)
+
+
+def test_tensor_parallel_parts_add_up() -> None:
+    shape, rows = shapes.get("llama-3.1-8b"), Rows([1, 300], [900, 300])
+    whole, part = step_ops(shape, rows), step_ops(shape, rows, tp=4)
+    for field in ("flops", "bytes_weight", "bytes_kv_in", "bytes_kv_out"):
+        one, four = (
+            sum(getattr(op, field) * op.count for op in found if op.kind in ("linear", "attention"))
+            for found in (whole, part)
+        )
+        assert 4 * four == pytest.approx(one), field
+    links = [op for op in part if op.kind == "collective"]
+    assert len(links) == 2 and sum(op.count * op.bytes_link for op in links) == 32 * 2 * 1.5 * 301 * 4096 * 2
+
+
 # ---------------------------------------------------------------- hardware
 
 

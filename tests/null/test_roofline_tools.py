@@ -209,6 +209,12 @@ def test_published_efficiencies_are_what_the_fit_gives() -> None:
             assert getattr(again, name) == pytest.approx(getattr(stated, name), rel=0.03), (device, name)
 
 
+@pytest.mark.skipif(not VIDUR.exists(), reason="Vidur's profiles are not at ../shared/data/vidur_mlp")
+def test_the_fits_report_names_the_errors() -> None:
+    text = fit.report("a40", VIDUR / "a40_llama2_7b.csv")
+    assert text.startswith("a40: median error on 2088 held-out kernels: fitted ") and "data sheet 3" in text
+
+
 def test_fit_refuses_too_little_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(RooflineError, match="at least 8 measurements, got 1"):
         fit.fit(_profile("t4", Efficiency())[:1], "t4")
@@ -400,6 +406,12 @@ def test_batching_speculation_and_sharding() -> None:
     assert lens.expected_tokens(2, 0.5) == 1.75
     good, bad = (lens.compare(lens.Speculation("lab-s", 4, a), case) for a in (0.9, 0.05))
     assert good.speedup > 2 and bad.energy_gain < bad.speedup < 1.05
+    model = CostModel("lab-s", "a100-40gb", "fp16")
+    draft = [model.step(Rows.decode(2, context)) for context in (512, 513, 514, 515)]
+    verify = CostModel("llama-2-7b", "a100-40gb", "fp16").step(Rows([5, 5], [516, 516], logits=10))
+    for field in ("seconds", "joules", "flops"):
+        want = getattr(verify, field) + sum(getattr(step, field) for step in draft)
+        assert getattr(good.after, field) == pytest.approx(want), field
     two = lens.compare(lens.TensorParallel(2), case)
     assert 1 < two.speedup < 2 and two.energy_gain < 1
 
