@@ -24,6 +24,7 @@ from roofline.shapes import get as get_shape
 # Output tiles that matrix libraries choose from: rows x columns of one multiprocessor's share.
 TILES = ((256, 128), (128, 256), (128, 128), (64, 256), (64, 128), (128, 64), (64, 64), (32, 128), (32, 64), (16, 64))
 MODES = ("corrected", "llm_viewer", "llm_viewer_flash")
+REMEMBERED = 65536  # sums kept; only measured expert counts, which are any number, could pass this
 CACHE_SHARE = 0.75  # of the last-level cache: beyond it a cyclic read of the weights misses (measured)
 
 
@@ -311,7 +312,8 @@ class CostModel:
         else:
             for part in segments(rows, self.shape.num_layers):
                 self._add_segment(total, part.start, part.stop, part.rows)
-        total.add_tally(self._edge(entering(rows), leaving(rows, self.shape.num_layers)), 1)
+        total.add_tally(self._edge(entering(rows), 0), 1)
+        total.add_tally(self._edge(0, leaving(rows, self.shape.num_layers)), 1)
         return self._result(total, rows)
 
     def _result(self, total: Tally, rows: Rows) -> StepCost:
@@ -338,6 +340,8 @@ class CostModel:
         key = (tokens, moe, experts)
         found = self._blocks.get(key)
         if found is None:
+            if len(self._blocks) >= REMEMBERED:
+                self._blocks.clear()
             found = self._sum(block_ops(self.shape, tokens, self.precision, self.tp, moe, experts))
             self._blocks[key] = found
         return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from roofline.errors import RooflineError, nearest
-from roofline.precision import dtype_bytes
+from roofline.precision import Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ class Shape:
         return 2 * self.num_kv_heads * self.head_dim
 
     def kv_bytes_per_token(self, dtype: str = "fp16") -> float:
-        """Return the cache bytes of one token over all layers."""
-        return self.num_layers * self.kv_elements * dtype_bytes(dtype)
+        """Return the cache bytes of one token over all layers; ``dtype`` may be a width code (``"w8a8kv8"``)."""
+        return self.num_layers * self.kv_elements * Precision.parse(dtype).kv_bytes
 
     def is_moe(self, layer: int) -> bool:
         """Return whether ``layer`` has experts."""
@@ -121,7 +121,7 @@ class Shape:
 
     def weight_bytes(self, dtype: str = "fp16") -> float:
         """Return the bytes of all parameters in ``dtype``."""
-        return self.num_params() * dtype_bytes(dtype)
+        return self.num_params() * Precision.parse(dtype).weight_bytes
 
 
 def _llama(name: str, d: int, layers: int, heads: int, kv: int, f: int, vocab: int, src: str, **kw: Any) -> Shape:
@@ -184,7 +184,7 @@ def names() -> list[str]:
 def _plain(name: str) -> str:
     tail = name.lower().rsplit("/", 1)[-1]
     tail = re.sub(r"(meta|instruct|chat|base|hf|v0\.1|it)(?=$|[-_])", "", tail)
-    return re.sub(r"[^a-z0-9.]", "", tail).replace("llama3", "llama3").removesuffix(".")
+    return re.sub(r"[^a-z0-9.]", "", tail).removesuffix(".")
 
 
 def get(name: str | Shape) -> Shape:

@@ -64,6 +64,7 @@ def test_active_parameters_of_expert_models() -> None:
 def test_cache_bytes_per_token() -> None:
     assert shapes.get("llama-2-7b").kv_bytes_per_token() == 2 * 32 * 32 * 128 * 2
     assert shapes.get("llama-3.1-8b").kv_bytes_per_token("int8") == 2 * 32 * 8 * 128
+    assert shapes.get("llama-3.1-8b").kv_bytes_per_token("w4a16kv8") == 2 * 32 * 8 * 128
     assert shapes.get("deepseek-v2-lite").kv_bytes_per_token() == 27 * (512 + 64) * 2
 
 
