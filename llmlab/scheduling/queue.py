@@ -27,6 +27,10 @@ class WaitingQueue:
     def head(self, count: int) -> list[Sequence]:
         return [entry[3] for entry in islice(self._entries, count)]
 
+    def before(self, first: Sequence, second: Sequence) -> bool:
+        """Whether `first` stands before `second`; both are queued."""
+        return self._entry(first) < self._entry(second)
+
     def add(self, seq: Sequence, key: tuple[Any, ...]) -> None:
         seq.key = key
         insort(self._entries, self._entry(seq))

@@ -116,8 +116,9 @@ class Scheduler:
         self._considered = Considered(cost.step)
         self._view_cap = view_cap
         self._num_alternatives = num_alternatives
-        self._fingerprints: dict[str, int] = {}
-        self._dirty: dict[str, Sequence] = {}
+        self._fingerprints: dict[int, int] = {}
+        self._dirty: dict[int, Sequence] = {}
+        self._short: dict[str, None] = {}  # running requests that found no memory when they were last planned
 
     # ------------------------------------------------------------------------ requests in and out
     def add(self, request: Request, now: float) -> None:
@@ -144,11 +145,11 @@ class Scheduler:
         view = self._request_view(seq)
         key = self.policies.ordering.ask(lambda p: checked_key(p.key(view, now)), unchecked, seq.cause)
         self.waiting.add(seq, key)
-        self._dirty[seq.id] = seq
+        self._dirty[seq.request.number] = seq
 
     def _finish(self, seq: Sequence, reason: FinishReason, detail: str = "") -> None:
         if seq.status is Status.RUNNING:
-            del self.running[seq.id]
+            self._stop_running(seq)
         elif seq.status in QUEUED:
             self.waiting.remove(seq)
         seq.status, seq.finish_reason = Status.FINISHED, reason
@@ -156,7 +157,11 @@ class Scheduler:
         del self.sequences[seq.id]
         self.log.emit(ev.RequestFinished, seq.id, seq.cause, reason=reason, num_output_tokens=seq.num_output_tokens,
                       num_preemptions=seq.num_preemptions, detail=detail)  # fmt: skip
-        self._dirty[seq.id] = seq
+        self._dirty[seq.request.number] = seq
+
+    def _stop_running(self, seq: Sequence) -> None:
+        del self.running[seq.id]
+        self._short.pop(seq.id, None)
 
     def _inflight_step(self, seq: Sequence) -> int | None:
         return seq.inflight_step if seq.inflight_step in self.inflight else None
@@ -166,11 +171,9 @@ class Scheduler:
         """The next step, or None if nothing can or needs to run now."""
         self.log.step = self.next_step
         mark = self.log.num_emitted
-        self._refresh_queue(now)
-        view = self._view(now)
-        running = tuple(o for r in view.running if (o := self.policies.decoding.work(r)) is not None)
-        waiting = self._admit(view)
-        planned = self._reserve(view, self._compose(view, Offers(running, waiting)))
+        planned = self._plan(now, let_in=True)
+        while not planned and self.running and not self.inflight and not self.memory.moves:
+            planned = self._plan(now, let_in=False)  # whoever was chosen found no memory: let those who run go on
         plan = StepPlan(self.next_step, tuple(f.item for f in planned), self.memory.take_moves())
         idle = not plan.items and not plan.moves
         if not idle or self.log.num_emitted > mark:
@@ -180,6 +183,14 @@ class Scheduler:
         self._launch(plan, planned)
         return plan
 
+    def _plan(self, now: float, let_in: bool) -> list[InFlight]:
+        """Ask everybody who has a say, and reserve memory for the outcome."""
+        self._refresh_queue(now)
+        view = self._view(now)
+        running = tuple(o for r in view.running if (o := self.policies.decoding.work(r)) is not None)
+        waiting = self._admit(view) if let_in else ()
+        return self._reserve(view, self._compose(view, Offers(running, waiting)))
+
     def _launch(self, plan: StepPlan, planned: AbstractSequence[InFlight]) -> None:
         self.inflight[plan.step] = tuple(planned)
         self.next_step += 1
@@ -188,7 +199,7 @@ class Scheduler:
             seq.num_computed_tokens = flight.item.tokens[1]
             seq.inflight_step = plan.step
             seq.num_pending += flight.item.emit == "sample"
-            self._dirty[seq.id] = seq
+            self._dirty[seq.request.number] = seq
 
     def _log_plan(self, plan: StepPlan, now: float) -> None:
         if not self.log.wants(ev.StepPlanned):
@@ -228,7 +239,7 @@ class Scheduler:
     def _admit(self, view: EngineView) -> tuple[WorkItem, ...]:
         """Offers of queued requests, in queue order, until a limit is hit or the policy says wait."""
         offers: list[WorkItem] = []
-        budget = self.limits.max_num_batched_tokens
+        budget, forced = self.limits.max_num_batched_tokens, not self.running and not self.inflight
         for seq in self.waiting.head(self._view_cap):
             if len(self.running) + len(offers) >= self.limits.max_num_seqs:
                 self._log_wait(seq, "seats", f"all {self.limits.max_num_seqs} seats (max_num_seqs) are taken")
@@ -238,28 +249,52 @@ class Scheduler:
                 break
             if self._must_wait(seq):
                 continue
-            offer = self._ask_admission(view, seq, forced=not self.running and not self.inflight and not offers)
+            if self._lacks_memory(view, seq, forced):
+                break
+            offer = self._ask_admission(view, seq, forced)
             if offer is None:
                 break
             offers.append(offer)
             budget -= offer.num_tokens
-            view = self._after_admission(view, seq)
+            view, forced = self._after_admission(view, seq), False
         return tuple(offers)
 
     def _must_wait(self, seq: Sequence) -> bool:
-        """Cases that no policy may decide: a token of it is still in flight, or its sibling's prompt is."""
+        """Cases that no policy may decide: a token of it is still in flight, or the sibling whose prompt it shares
+        comes first and is not done with it."""
         if seq.num_pending:
             self._log_wait(seq, "in_flight", "its last token is still being computed")
             return True
         parent = self.sequences.get(seq.request.fork_of or "")
-        fresh = seq.status is Status.WAITING
-        if parent is not None and fresh and parent.num_computed_tokens < parent.num_prompt_tokens:
+        if parent is None or seq.status is not Status.WAITING or parent.num_computed_tokens >= parent.num_prompt_tokens:
+            return False
+        if parent.status is Status.RUNNING or self.waiting.before(parent, seq):
             self._log_wait(seq, "sibling", f"shares the prompt that {parent.id} is still computing")
             return True
         return False
 
+    def _lacks_memory(self, view: EngineView, seq: Sequence, forced: bool) -> bool:
+        """Two rules that no policy may break, else requests could preempt each other for ever: nobody is let in
+        while a running request is short of memory; and who was preempted comes back only when all its tokens fit
+        beside those that running requests have still to compute."""
+        short = next((name for name in self._short if name in self.running), None)
+        if short is not None:
+            self._log_wait(seq, "memory", f"{short}, which runs, is short of memory")
+        elif seq.num_preemptions and not forced:
+            promised = sum(max(0, view.pool.blocks_for(r.num_tokens) - r.num_blocks) for r in view.running)
+            need = self.memory.need(seq, self._hits(seq)).prompt
+            if need + promised <= view.pool.num_free:
+                return False
+            self._log_wait(seq, "memory", f"it was preempted and needs {need} blocks to come back; of {view.pool.num_free} "
+                                          f"free ones {promised} are promised to those who run")  # fmt: skip
+            return True
+        return short is not None
+
+    def _hits(self, seq: Sequence) -> list[int]:
+        return self.memory.match(seq) if seq.status is not Status.SWAPPED else []
+
     def _ask_admission(self, view: EngineView, seq: Sequence, forced: bool) -> WorkItem | None:
-        hits = self.memory.match(seq) if seq.status is not Status.SWAPPED else []
+        hits = self._hits(seq)
         need = self.memory.need(seq, hits)
         cached = len(hits) * self.memory.block_size
         request = self._request_view(seq, cached)
@@ -277,10 +312,12 @@ class Scheduler:
         return WorkItem(seq.id, Span(start, seq.num_tokens))
 
     def _after_admission(self, view: EngineView, seq: Sequence) -> EngineView:
-        """The view with the blocks that `seq` is about to take no longer free."""
-        taken = self.memory.need(seq, self.memory.match(seq)).prompt
+        """The view as if `seq` ran and had taken the blocks that it needs."""
+        hits = self._hits(seq)
+        taken = self.memory.need(seq, hits).prompt
+        request = msgspec.structs.replace(self._request_view(seq), num_blocks=self.memory.blocks_for(len(seq.token_ids)))
         pool = msgspec.structs.replace(view.pool, num_free=max(0, view.pool.num_free - taken))
-        return msgspec.structs.replace(view, pool=pool)
+        return msgspec.structs.replace(view, pool=pool, running=(*view.running, request))
 
     def _log_admission(self, seq: Sequence, chosen: str, reason: str, need: Need, view: EngineView) -> None:
         said = f"{chosen}: {reason}"
@@ -350,9 +387,12 @@ class Scheduler:
         while seq.status is Status.RUNNING:
             got = self.memory.grow(seq, item.tokens[1], seq.cause)
             if isinstance(got, Reserved):
+                self._short.pop(seq.id, None)
                 planned[seq.id] = InFlight(seq, item, seq.epoch)
                 return
             if not self._make_room(view, seq, got, planned):
+                if seq.status is Status.RUNNING:
+                    self._short[seq.id] = None
                 return
 
     def _make_room(self, view: EngineView, needy: Sequence, shortage: Shortage, planned: dict[str, InFlight]) -> bool:
@@ -413,7 +453,7 @@ class Scheduler:
         victim.epoch += 1
         victim.num_preemptions += 1
         victim.waiting_reason, victim.logged_wait = "", ""
-        del self.running[victim.id]
+        self._stop_running(victim)
         self._enqueue(victim, view.now)
 
     def _choose_tier(self, view: EngineView, victim: Sequence, cause: int) -> str:
@@ -463,7 +503,7 @@ class Scheduler:
                                       source=got.source)  # fmt: skip
         whole = WorkItem(seq.id, Span(start, seq.num_tokens), device=item.device, lane=item.lane)
         planned[seq.id] = InFlight(seq, whole.shortened(got.stop - start), seq.epoch)
-        self._dirty[seq.id] = seq
+        self._dirty[seq.request.number] = seq
 
     def _start_memory(self, seq: Sequence, item: WorkItem) -> Reserved | Shortage:
         if seq.status is Status.SWAPPED:
@@ -505,7 +545,7 @@ class Scheduler:
         seq.num_pending -= item.emit == "sample"
         if seq.finished:
             return None
-        self._dirty[seq.id] = seq
+        self._dirty[seq.request.number] = seq
         seq.cause = plan if plan >= 0 else seq.cause
         if result.error is not None:
             self._finish(seq, "error", result.error)
@@ -548,14 +588,14 @@ class Scheduler:
     # --------------------------------------------------------------------------- views and checks
     def settle_hash(self) -> int:
         """The state hash, brought up to date for the requests that changed since the last call."""
-        for name, seq in self._dirty.items():
-            new = request_fingerprint(seq.request.number, seq.status, len(seq.token_ids),
+        for number, seq in self._dirty.items():
+            new = request_fingerprint(number, seq.status, len(seq.token_ids),
                                       0 if seq.finished else seq.num_computed_tokens, seq.token_ids[-1])  # fmt: skip
-            self.state_hash ^= self._fingerprints.get(name, 0) ^ new
+            self.state_hash ^= self._fingerprints.get(number, 0) ^ new
             if seq.finished:
-                self._fingerprints.pop(name, None)
+                self._fingerprints.pop(number, None)
             else:
-                self._fingerprints[name] = new
+                self._fingerprints[number] = new
         self._dirty.clear()
         return self.state_hash
 

@@ -1,0 +1,195 @@
+"""A simulated engine under a magnifying glass, for the tests of the core.
+
+`GhostExecutor` runs plans on a KV cache of fingerprints instead of tensors: every slot remembers which tokens it
+stands for, so a block that is shared, copied, swapped, freed or reused wrongly is found in the step that reads it.
+`Watch` folds the log beside the live engine and compares the two at every turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmlab.engine import Engine
+from llmlab.events import catalog as ev
+from llmlab.events.state import LabState
+from llmlab.execution.base import Executor, Row, StepBatch, Ticket
+from llmlab.execution.sim_executor import PseudoTokens
+from llmlab.outputs import RequestOutput
+from llmlab.types import Move, Request, SamplingParams, StepPlan
+
+MODEL, HARDWARE = "lab-xs", "t4"
+EMPTY = 0  # what a slot holds that nobody wrote
+
+
+class GhostExecutor:
+    """Wraps the simulated executor. KV slots hold the fingerprint of the whole prefix up to their token."""
+
+    def __init__(self, inner: Executor, tokens: PseudoTokens, num_blocks: int, num_host_blocks: int, block_size: int,
+                 limits: Any) -> None:  # fmt: skip
+        self.mode = inner.mode
+        self.plans: list[StepPlan] = []
+        self._inner, self._source, self._size, self._limits = inner, tokens, block_size, limits
+        self._device = [[EMPTY] * block_size for _ in range(num_blocks)]
+        self._host = [[EMPTY] * block_size for _ in range(num_host_blocks)]
+        self._tokens: dict[str, list[int]] = {}
+
+    def submit(self, batch: StepBatch) -> Ticket:
+        for name in batch.forget:
+            self._tokens.pop(name, None)
+        self.plans.append(batch.plan)
+        self._check_limits(batch.plan)
+        for move in batch.plan.moves:
+            self._move(move)
+        written: set[tuple[int, int]] = set()
+        for row in batch.rows:
+            self._write(row, written)
+        for row in batch.rows:
+            self._read(row)
+        for row in batch.rows:
+            if row.item.emit == "sample":
+                self._known(row.request).append(self._source.token(row.request, row.item.tokens.stop))
+        return self._inner.submit(batch)
+
+    def describe(self) -> dict[str, Any]:
+        return self._inner.describe()
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _check_limits(self, plan: StepPlan) -> None:
+        names = [item.request for item in plan.items]
+        assert len(names) == len(set(names)) <= self._limits.max_num_seqs, names
+        assert plan.num_tokens <= self._limits.max_num_batched_tokens, plan
+        assert plan.items or plan.moves, "an empty step was submitted"
+
+    def _move(self, move: Move) -> None:
+        source = self._host if move.kind == "swap_in" else self._device
+        target = self._host if move.kind == "swap_out" else self._device
+        for src, dst in zip(move.src, move.dst, strict=True):
+            target[dst] = list(source[src])
+
+    def _known(self, request: Request) -> list[int]:
+        return self._tokens.setdefault(request.id, list(request.prompt_token_ids))
+
+    def _slot(self, row: Row, position: int) -> tuple[int, int]:
+        return row.block_ids[position // self._size], position % self._size
+
+    def _fingerprints(self, row: Row) -> list[int]:
+        found, value = [], 1
+        for token in self._known(row.request)[: row.item.tokens.stop]:
+            value = hash((value, token)) or 1
+            found.append(value)
+        return found
+
+    def _write(self, row: Row, written: set[tuple[int, int]]) -> None:
+        start, stop = row.item.tokens
+        prints = self._fingerprints(row)
+        assert len(prints) == stop, f"{row.request.id} computes up to {stop}, but has {len(prints)} tokens"
+        for position in range(start, stop):
+            block, offset = self._slot(row, position)
+            assert (block, offset) not in written, f"two rows write slot {offset} of block {block}"
+            written.add((block, offset))
+            self._device[block][offset] = prints[position]
+
+    def _read(self, row: Row) -> None:
+        for position, wanted in enumerate(self._fingerprints(row)):
+            block, offset = self._slot(row, position)
+            assert self._device[block][offset] == wanted, (
+                f"{row.request.id} reads foreign KV at position {position} (block {block}), computing {row.item.tokens}"
+            )
+
+
+class Watch:
+    """Folds the log beside the engine; `check` compares the fold with the live objects."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.state = LabState()
+        self._cursor = engine.log.cursor(0)
+
+    def check(self) -> None:
+        for event in self._cursor.read():
+            self.state.apply(event)
+            if isinstance(event, ev.StepFinished):
+                assert event.state_hash == self.state.state_hash, f"state hash after step {event.step}"
+                if self.engine.log.level >= 3:
+                    assert event.blocks_hash == self.state.blocks_hash, f"blocks hash after step {event.step}"
+            assert not isinstance(event, ev.InvariantViolated), event
+        scheduler, state = self.engine.scheduler, self.state
+        assert scheduler.problems() == []
+        assert scheduler.settle_hash() == state.state_hash
+        self._compare_requests()
+        if self.engine.log.level >= 3:
+            assert scheduler.memory.fingerprint() == state.blocks_hash
+            assert {b: h.hex() for h, b in scheduler.memory.pool.by_hash.items()} == state.cached
+
+    def _compare_requests(self) -> None:
+        scheduler = self.engine.scheduler
+        alive = {name for name, request in self.state.requests.items() if not request.finish_reason}
+        assert alive == set(scheduler.sequences)
+        assert len(scheduler.running) <= scheduler.limits.max_num_seqs
+        for name, seq in scheduler.sequences.items():
+            told = self.state.requests[name]
+            assert (told.status, told.num_computed_tokens) == (seq.status, seq.num_computed_tokens), name
+            assert told.output_token_ids == seq.output_token_ids, name
+            assert 0 <= seq.num_computed_tokens <= seq.num_tokens
+            if self.engine.log.level >= 3:
+                table = scheduler.memory.tables.get(name)
+                assert told.block_ids == (table.block_ids if table else []), name
+
+
+def sim_engine(**fields: Any) -> Engine:
+    """A small simulated engine whose executor checks every KV read. Level 3, integrity checked at every step."""
+    base: dict[str, Any] = {
+        "model": MODEL, "executor": "sim", "hardware": HARDWARE, "block_size": 4, "num_blocks": 16, "log_level": 3,
+        "check_interval": 1, "max_num_batched_tokens": 32, "max_num_seqs": 8,
+    }  # fmt: skip
+    engine = Engine(**{**base, **fields})
+    memory = engine.scheduler.memory
+    engine.executor = GhostExecutor(
+        engine.executor, PseudoTokens(engine.model.vocab_size, engine.config.seed), memory.pool.num_blocks,
+        memory.host.num_blocks, memory.block_size, engine.limits,
+    )  # fmt: skip
+    return engine
+
+
+def run_to_end(engine: Engine, max_steps: int, watch: Watch | None = None) -> dict[str, RequestOutput]:
+    """Step until nothing is left; the finished outputs. Fails when `max_steps` turns were not enough."""
+    done: dict[str, RequestOutput] = {}
+    for _ in range(max_steps):
+        if not engine.has_unfinished_requests():
+            return done
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = output
+        if watch is not None:
+            watch.check()
+    left = {name: str(seq.status) for name, seq in engine.scheduler.sequences.items()}
+    raise AssertionError(f"not finished after {max_steps} turns: {left}, next step {engine.scheduler.next_step}")
+
+
+def expected_tokens(engine: Engine, request: Request) -> list[int]:
+    """What `request` must generate, whatever happens around it."""
+    source, sampling = PseudoTokens(engine.model.vocab_size, engine.config.seed), request.sampling
+    tokens: list[int] = []
+    for position in range(request.num_prompt_tokens, request.max_total_tokens):
+        tokens.append(source.token(request, position))
+        ends = tokens[-1] in (*sampling.stop_token_ids, *(() if sampling.ignore_eos else request.eos_token_ids))
+        if ends and len(tokens) >= sampling.min_tokens:
+            break
+    return tokens
+
+
+def specs(engine: Engine) -> dict[str, Request]:
+    """Every request that the log knows, as it arrived."""
+    return {event.spec.id: event.spec for event in engine.log.filter(ev.RequestArrived)}
+
+
+def greedy(max_tokens: int, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, **more)
+
+
+def add_batch(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int = 8, **more: Any) -> list[str]:
+    """Queue prompts under the names q0, q1, ..."""
+    return [engine.add_request(list(p), greedy(max_tokens, **more), request_id=f"q{i}") for i, p in enumerate(prompts)]
