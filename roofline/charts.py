@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from roofline.lenses import Comparison
     from roofline.memory import MemoryPlan
 
-INK, MUTE, GRID, PAPER = "#1F2933", "#6B7280", "#E5E7EB", "#FFFFFF"
+INK, MUTE, GRID, PAPER, NIGHT = "#1F2933", "#6B7280", "#E5E7EB", "#FFFFFF", "#111827"
 PREFILL, DECODE, MIXED = "#E69F00", "#0072B2", "#6B7280"
 BLUE, GREEN, VERMILLION, SKY = "#0072B2", "#009E73", "#D55E00", "#56B4E9"
 CEILINGS = (BLUE, VERMILLION, GREEN, "#8C5A7B")
 # Groups of a step's time, dark to light in the order of a layer; the link keeps the colour of transfers.
 GROUPS = ("attention projections", "attention", "feed-forward", "embedding and head", "norms and activations",
           "between devices", "launch")  # fmt: skip
-GROUP_COLOURS = ("#1F3A56", "#4C78A8", "#7F9DB9", "#B7A78B", "#D8CDB8", SKY, "#C9CED6")
+GROUP_COLOURS = ("#2F5F8F", "#4C78A8", "#7F9DB9", "#B7A78B", "#D8CDB8", SKY, "#C9CED6")
 SMALLEST = 1e-3  # share of a step's time below which an op gets no mark: it would be smaller than a pixel
 HEIGHT = 430
 AREAS = (18, 2400)  # square pixels of a mark with no share and with all of the step's time
@@ -48,11 +48,11 @@ def _altair() -> Any:
 
 def theme_config(dark: bool = False) -> dict[str, Any]:
     """Return the Vega-Lite configuration of this package's charts."""
-    ink, mute, grid = ("#E5E7EB", "#9CA3AF", "#374151") if dark else (INK, MUTE, GRID)
+    ink, mute, grid, paper = ("#E5E7EB", "#9CA3AF", "#374151", NIGHT) if dark else (INK, MUTE, GRID, PAPER)
     axis = {"domain": False, "ticks": False, "labelColor": mute, "titleColor": mute, "gridColor": grid,
             "titleFontWeight": "normal", "labelFontSize": 12, "titleFontSize": 12, "labelPadding": 6}  # fmt: skip
     return {
-        "background": "transparent" if dark else PAPER,
+        "background": paper,
         "font": FONT,
         "view": {"stroke": None},
         "title": {"anchor": "start", "color": ink, "fontSize": 18, "fontWeight": "bold", "subtitleColor": mute,
@@ -60,8 +60,11 @@ def theme_config(dark: bool = False) -> dict[str, Any]:
         "axis": axis,
         "axisY": {"titleAngle": 0, "titleAlign": "left", "titleAnchor": "end", "titleX": 0, "titleY": -10},
         "legend": {"orient": "top", "symbolType": "square", "title": None, "labelColor": ink, "labelFontSize": 12,
-                   "labelLimit": 240, "offset": 4},
+                   "labelLimit": 240, "offset": 4, "symbolBaseFillColor": mute},
         "text": {"color": ink, "fontSize": 12, "font": FONT},
+        "axisBand": {"labelColor": ink, "labelFontSize": 13, "labelLimit": 320, "grid": False},
+        "style": {"halo": {"stroke": paper, "strokeWidth": 3}, "rim": {"stroke": paper, "strokeWidth": 1},
+                  "wall": {"color": ink, "fill": ink}, "quiet": {"fill": mute}},
     }  # fmt: skip
 
 
@@ -197,18 +200,27 @@ def _dot_marks(dots: list[dict[str, Any]], span: float, xs: Any, ys: Any) -> lis
     base = alt.Chart(alt.Data(values=dots)).encode(xs, ys)
     tips = [alt.Tooltip(f"{name}:N") for name in ("op", "step", "bound")] + [alt.Tooltip("ms:Q", format=".3f")]
     size = alt.Size("share:Q", scale=alt.Scale(domain=[0, 1], range=list(AREAS)), legend=None)
-    points = base.mark_point(filled=True, opacity=0.75, stroke=PAPER, strokeWidth=1).encode(
+    points = base.mark_point(filled=True, opacity=0.75, style="rim").encode(
         size, alt.Color("phase:N", scale=colour, legend=alt.Legend(values=phases, offset=30)),
         alt.Shape("kind:N", scale=shape, legend=alt.Legend(symbolType="circle", offset=30)), tooltip=tips)  # fmt: skip
-    named = alt.Chart(alt.Data(values=_labels(dots, span))).encode(xs, ys, text="label:N")
-    halo: dict[str, Any] = {"align": "center", "baseline": "top", "fontSize": 11}
-    return [points, named.mark_text(**halo, stroke=PAPER, strokeWidth=3), named.mark_text(**halo)]
+    left, right = xs.to_dict()["scale"]["domain"]
+    found = _labels(dots, span, left, right)
+    texts = []
+    for align in ("left", "center", "right"):
+        rows = [row for row in found if row["align"] == align]
+        named = alt.Chart(alt.Data(values=rows)).encode(xs, ys, text="label:N")
+        halo: dict[str, Any] = {"align": align, "baseline": "top", "fontSize": 11}
+        texts += [named.mark_text(**halo, style="halo"), named.mark_text(**halo)] if rows else []
+    return [points, *texts]
 
 
-def _labels(dots: list[dict[str, Any]], span: float, least: float = 0.03) -> list[dict[str, Any]]:
+def _labels(
+    dots: list[dict[str, Any]], span: float, left: float, right: float, least: float = 0.05
+) -> list[dict[str, Any]]:
     """Return one label per step and kind of op that takes a visible share, below the largest of its marks.
 
-    ``span``: highest over lowest value of the y axis, so that pixels can be turned into a factor.
+    ``span``: highest over lowest value of the y axis, so that pixels can be turned into a factor. Near the ends of
+    the x axis (``left``, ``right``) a label grows inwards.
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in dots:
@@ -224,7 +236,9 @@ def _labels(dots: list[dict[str, Any]], span: float, least: float = 0.03) -> lis
             if 0.2 < other["intensity"] / largest["intensity"] < 5 and 0.7 < other["tflops"] / y < 1.4:
                 y = min(y, other["tflops"] / span ** (15 / HEIGHT))
         plural = {"linear": "linears", "elementwise": "elementwise ops"}.get(kind, kind)
-        found.append({**largest, "tflops": y, "label": f"{step}: {plural} {share:.0%}"})
+        place = math.log(largest["intensity"] / left) / math.log(right / left)
+        align = "left" if place < 0.2 else "right" if place > 0.8 else "center"
+        found.append({**largest, "tflops": y, "align": align, "label": f"{step}: {plural} {share:.0%}"})
     return found
 
 
@@ -276,7 +290,7 @@ def time_stack(steps: Mapping[str, StepCost], normalize: bool = True) -> Any:
     colours = [GROUP_COLOURS[GROUPS.index(group)] for group in used]
     ends: list[dict[str, Any]] = [{"step": label, "stop": 1.0 if normalize else step.seconds * 1e3, "text": _milliseconds(step.seconds)}
             for label, step in steps.items()]  # fmt: skip
-    y = alt.Y("step:N", sort=list(steps), title=None, axis=alt.Axis(labelColor=INK, labelFontSize=13, grid=False))
+    y = alt.Y("step:N", sort=list(steps), title=None)
     most = max(row["stop"] for row in ends)
     axis = alt.Axis(format="%" if normalize else "~g", tickCount=6)
     unit = "share of the step's time" if normalize else "milliseconds"
@@ -326,21 +340,20 @@ def memory_bar(plans: Sequence[MemoryPlan], tokens: int) -> Any:
         raise RooflineError(f"tokens must be at least 0, got {tokens}")
     labels = {id(plan): f"{plan.shape}, {plan.precision}, {plan.tp} x {plan.hardware}" for plan in plans}
     rows, walls, notes = _memory_rows(plans, tokens, labels)
-    y = alt.Y("plan:N", sort=list(labels.values()), title=None,
-              axis=alt.Axis(labelColor=INK, labelFontSize=13, labelLimit=320, grid=False))  # fmt: skip
+    y = alt.Y("plan:N", sort=list(labels.values()), title=None)
     most = max(note["at"] for note in notes)
     x = alt.X("start:Q", title="GiB on each device", scale=alt.Scale(domain=[0, most * 1.02], nice=False))
-    colour = alt.Scale(domain=list(MEMORY_PARTS), range=["#1F3A56", "#7F9DB9", GREEN, VERMILLION])
+    colour = alt.Scale(domain=list(MEMORY_PARTS), range=["#2F5F8F", "#7F9DB9", GREEN, VERMILLION])
     bars = alt.Chart(alt.Data(values=rows)).mark_bar(height={"band": 0.55}).encode(
         x, alt.X2("stop:Q"), y, alt.Color("part:N", scale=colour, sort=list(MEMORY_PARTS)))  # fmt: skip
     wall = alt.Chart(alt.Data(values=walls))
     tick = {"orient": "vertical", "bandSize": 1}
-    usable = wall.mark_tick(**tick, thickness=2, color=INK, height={"band": 0.86}).encode(alt.X("usable:Q"), y)
-    full = wall.mark_tick(**tick, thickness=3, color=INK, height={"band": 0.86}).encode(alt.X("capacity:Q"), y)
-    text = alt.Chart(alt.Data(values=notes)).mark_text(align="left", dx=10).encode(
-        alt.X("at:Q"), y, text="text:N",
-        color=alt.condition("datum.over", alt.value(VERMILLION), alt.value(INK)))  # fmt: skip
-    return alt.layer(bars, usable, full, text).properties(
+    usable = wall.mark_tick(**tick, thickness=2, style="wall", height={"band": 0.86}).encode(alt.X("usable:Q"), y)
+    full = wall.mark_tick(**tick, thickness=3, style="wall", height={"band": 0.86}).encode(alt.X("capacity:Q"), y)
+    note = alt.Chart(alt.Data(values=notes)).encode(alt.X("at:Q"), y, text="text:N")
+    fits = note.transform_filter("!datum.over").mark_text(align="left", dx=10)
+    over = note.transform_filter("datum.over").mark_text(align="left", dx=10, color=VERMILLION, fontWeight="bold")
+    return alt.layer(bars, usable, full, fits, over).properties(
         width=620, height=52 * len(plans) + 10, title=_memory_title(plans, tokens)
     )
 
@@ -389,16 +402,16 @@ def energy_waterfall(step: StepCost, tokens: float | None = None) -> Any:
     named = {"compute": parts.compute, "memory": parts.memory, "link": parts.link, "static": parts.static}
     rows, edge = [], 0.0
     for name, joules in named.items():
-        if joules > 0:
+        if joules >= 0.005 * parts.total:
             rows.append(_bar(name, edge, edge + joules / made, joules / parts.total))
-            edge += joules / made
+        edge += joules / made
     rows.append(_bar("total", 0.0, edge, 1.0))
     order = [row["part"] for row in rows]
     x = alt.X("part:N", sort=order, title=None,
-              axis=alt.Axis(labelAngle=0, labelColor=INK, labelFontSize=13, grid=False))  # fmt: skip
+              axis=alt.Axis(labelAngle=0))  # fmt: skip
     scale = alt.Scale(domain=[0, edge * 1.12], nice=False)
     colour = alt.Scale(domain=["compute", "memory", "link", "static", "total"],
-                       range=["#4C78A8", "#1F3A56", SKY, "#C9CED6", "#6B7280"])  # fmt: skip
+                       range=["#4C78A8", "#2F5F8F", SKY, "#C9CED6", "#6B7280"])  # fmt: skip
     base = alt.Chart(alt.Data(values=rows))
     y = alt.Y("start:Q", title="joules per useful token", scale=scale, axis=alt.Axis(tickCount=6))
     bars = base.mark_bar(width={"band": 0.66}).encode(
@@ -435,18 +448,17 @@ def lens_gains(comparisons: Sequence[Comparison], detail: str) -> Any:
     spans: list[dict[str, Any]] = [{"lens": c.name, "low": min(c.speedup, c.energy_gain), "high": max(c.speedup, c.energy_gain),
               "text": f"x{c.speedup:.2f} speed, x{c.energy_gain:.2f} energy"} for c in ranked]  # fmt: skip
     low, high = min(0.8, *(s["low"] for s in spans)) * 0.95, max(s["high"] for s in spans) * 1.08
-    ticks = [t for t in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 16, 32) if low <= t <= high]
+    ticks = [t for t in (0.25, 0.5, 0.8, 1, 1.2, 1.5, 2, 3, 4, 6, 8, 16, 32) if low <= t <= high]
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     x = alt.X("gain:Q", title="gain (log scale)", scale=scale, axis=alt.Axis(values=ticks, format="~g"))
-    y = alt.Y("lens:N", sort=[c.name for c in ranked], title=None,
-              axis=alt.Axis(labelColor=INK, labelFontSize=13, labelLimit=320, grid=False))  # fmt: skip
+    y = alt.Y("lens:N", sort=[c.name for c in ranked], title=None)
     one = alt.Chart(alt.Data(values=[{"gain": 1}])).mark_rule(color=MUTE, strokeDash=[4, 4]).encode(x)
     bar = alt.Chart(alt.Data(values=spans)).mark_rule(strokeWidth=3, color="#C9CED6").encode(
         alt.X("low:Q", scale=scale), alt.X2("high:Q"), y)  # fmt: skip
     dots = alt.Chart(alt.Data(values=rows)).mark_point(filled=True, size=110, opacity=1).encode(
-        x, y, alt.Color("kind:N", scale=alt.Scale(domain=list(kinds), range=["#1F3A56", "#B08D57"]), sort=list(kinds)),
+        x, y, alt.Color("kind:N", scale=alt.Scale(domain=list(kinds), range=["#2F5F8F", "#B08D57"]), sort=list(kinds)),
         alt.Shape("kind:N", scale=alt.Scale(domain=list(kinds), range=["circle", "diamond"]), sort=list(kinds)))  # fmt: skip
-    text = alt.Chart(alt.Data(values=spans)).mark_text(align="left", dx=12, fontSize=11, color=MUTE).encode(
+    text = alt.Chart(alt.Data(values=spans)).mark_text(align="left", dx=12, fontSize=11, style="quiet").encode(
         alt.X("high:Q", scale=scale), y, text="text:N")  # fmt: skip
     best = ranked[0]
     finding = f"{best.name[0].upper()}{best.name[1:]} gains most here: x{best.speedup:.2f} tokens per second"
@@ -489,7 +501,7 @@ def fit_quality(measured: Sequence[Measurement], hardware: Hardware, eff: Effici
     )
 
 
-def _apart(rows: list[dict[str, Any]], gap: float = 1.13) -> list[dict[str, Any]]:
+def _apart(rows: list[dict[str, Any]], gap: float = 1.2) -> list[dict[str, Any]]:
     """Return label positions at least a factor ``gap`` apart, moved down from the top."""
     found: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: -float(row["predicted"])):
