@@ -28,6 +28,8 @@ from llmlab.scheduling.seamcalls import (
     checked_items,
     checked_key,
     checked_mode,
+    checked_places,
+    sortable,
     unchecked,
 )  # fmt: skip
 from llmlab.seams import (
@@ -320,7 +322,7 @@ class Scheduler:
         return msgspec.structs.replace(view, pool=pool, running=(*view.running, request))
 
     def _log_admission(self, seq: Sequence, chosen: str, reason: str, need: Need, view: EngineView) -> None:
-        said = f"{chosen}: {reason}"
+        said, considered = f"{chosen}: {reason}", self._considered.take()
         if seq.logged_wait == said or not self.log.wants(ev.Decision):
             return
         seq.logged_wait = said
@@ -329,7 +331,7 @@ class Scheduler:
         seam = self.policies.admission
         seq.cause = self.log.emit(
             ev.Decision, seq.id, seq.cause, seam=seam.name, policy=seam.policy_name, chosen=chosen, reason=reason,
-            alternatives=(ev.Alternative(other, need.prompt, need.prompt <= view.pool.num_free, why_not),),
+            alternatives=(ev.Alternative(other, need.prompt, need.prompt <= view.pool.num_free, why_not), *considered),
             num_candidates=2,
         )  # fmt: skip
 
@@ -348,7 +350,7 @@ class Scheduler:
             why = "composed nothing while nothing is in flight"
             items = seam.fall_back(lambda p: p.compose(view, offers), why, -1)
         self._log_composition(offers, items)
-        return self.policies.placement.ask(lambda p: p.place(view, items), unchecked)
+        return self.policies.placement.ask(lambda p: p.place(view, items), lambda a: checked_places(a, items))
 
     def _log_composition(self, offers: Offers, items: AbstractSequence[WorkItem]) -> None:
         """A Decision, if there was anything to decide: an offer left out or cut, or an alternative priced."""
@@ -418,12 +420,12 @@ class Scheduler:
         wanting = self._request_view(needy)
         seam = self.policies.victim
         scores = seam.ask(lambda p: [checked_key(p.score(view, v, wanting)) for v in views], unchecked, cause)
-        order = sorted(range(len(views)), key=lambda i: (scores[i], -views[i].arrival, -views[i].number))
+        order = sorted(range(len(views)), key=lambda i: (sortable(scores[i]), -views[i].arrival, -views[i].number))
         options = [self._victim_option(views[i], scores[i]) for i in order[: 1 + self._num_alternatives]]
         chosen = candidates[order[0]]
         decision = self.log.emit(
             ev.Decision, chosen.id, cause, seam=seam.name, policy=seam.policy_name, chosen=chosen.id,
-            alternatives=tuple(options[1:]), predicted=options[0].predicted, num_candidates=len(candidates),
+            alternatives=(*options[1:], *self._considered.take()), predicted=options[0].predicted, num_candidates=len(candidates),
             reason=f"{needy.id} needs a block; smallest score {_shown(scores[order[0]])}",
         )  # fmt: skip
         return chosen, decision
@@ -472,8 +474,8 @@ class Scheduler:
         self.log.emit(
             ev.Decision, victim.id, cause, seam=seam.name, policy=seam.policy_name, chosen=mode, num_candidates=2,
             predicted=next(o.predicted for o in options if o.mode == mode), reason=f"{num_blocks} blocks",
-            alternatives=tuple(ev.Alternative(o.mode, o.predicted.seconds, o.feasible, o.why_not, o.predicted)
-                               for o in options if o.mode != mode),
+            alternatives=(*(ev.Alternative(o.mode, o.predicted.seconds, o.feasible, o.why_not, o.predicted)
+                            for o in options if o.mode != mode), *self._considered.take()),
         )  # fmt: skip
         return mode
 

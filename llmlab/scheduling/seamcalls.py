@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, Generic, TypeVar
+
+from msgspec.structs import replace
 
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.registry import policy_name
 from llmlab.seams import Admit, Limits, Offers, Wait
-from llmlab.types import Cost, PolicyError, WorkItem
+from llmlab.types import ConfigError, Cost, PolicyError, WorkItem
 
 P = TypeVar("P")
 A = TypeVar("A")
@@ -25,6 +28,7 @@ class Seam(Generic[P]):
     """One seam of one engine: the policy in force, its default, and the guard."""
 
     def __init__(self, name: str, policy: P, default: P, log: EventLog, timeout: float) -> None:
+        _check_interface(name, policy, default)
         self.name = name
         self.policy = policy
         self.default = default
@@ -54,6 +58,16 @@ class Seam(Generic[P]):
         return call(self.default)
 
 
+def _check_interface(seam: str, policy: object, default: object) -> None:
+    """A plug-in has the methods of the default. Raises ConfigError, before anything runs."""
+    if isinstance(policy, type):
+        raise ConfigError(seam, policy.__name__, "is a class, not an object", f"Write {seam}={policy.__name__}().")
+    for method in [name for name in dir(default) if not name.startswith("_") and callable(getattr(default, name))]:
+        if not callable(getattr(policy, method, None)):
+            raise ConfigError(seam, policy, f"has no method {method}()", "Give a registered name, or an object as described "
+                              "in llmlab.seams.")  # fmt: skip
+
+
 class Considered:
     """Alternatives that a policy priced during the decision in progress."""
 
@@ -74,22 +88,29 @@ class Considered:
 
 # ------------------------------------------------------------------------------ answers that make sense
 def checked_key(key: Any) -> tuple[Any, ...]:
-    """A key as a tuple of comparable, non-NaN values."""
+    """A key as a tuple of numbers and strings that a log can hold, without NaN."""
     parts = key if isinstance(key, tuple) else (key,)
     for part in parts:
-        if not isinstance(part, (int, float, str)) or (isinstance(part, float) and math.isnan(part)):
+        number = isinstance(part, (int, float)) and not math.isnan(part) and (isinstance(part, float) or abs(part) < 2**63)
+        if not number and not isinstance(part, str):
             raise PolicyError("key", key, "must be a number or a tuple of numbers and strings, without NaN")
     return parts
 
 
+def sortable(key: tuple[Any, ...]) -> tuple[tuple[bool, Any], ...]:
+    """A checked key in a form that compares with every other one: numbers come before strings."""
+    return tuple((isinstance(part, str), part) for part in key)
+
+
 def checked_admission(answer: Admit | Wait) -> Admit | Wait:
-    if not isinstance(answer, (Admit, Wait)):
-        raise PolicyError("admit", answer, "must be Admit(...) or Wait(reason)")
+    if not isinstance(answer, (Admit, Wait)) or not isinstance(answer.reason, str):
+        raise PolicyError("admit", answer, "must be Admit(...) or Wait(reason), the reason a string")
     return answer
 
 
-def checked_items(items: Sequence[WorkItem], offers: Offers, limits: Limits) -> Sequence[WorkItem]:
+def checked_items(answer: Iterable[WorkItem], offers: Offers, limits: Limits) -> Sequence[WorkItem]:
     """Items that are cut from the offers, once each, within the limits."""
+    items = tuple(answer)
     offered = {item.request: item for item in (*offers.running, *offers.waiting)}
     seen: dict[str, None] = {}
     for item in items:
@@ -109,6 +130,17 @@ def checked_items(items: Sequence[WorkItem], offers: Offers, limits: Limits) -> 
     if len(seen) > seats:
         raise PolicyError("compose", len(seen), f"requests do not fit into {seats} seats")
     return items
+
+
+def checked_places(answer: Iterable[WorkItem], items: Sequence[WorkItem]) -> Sequence[WorkItem]:
+    """The same items in the same order; only device and lane may differ."""
+    placed = tuple(answer)
+    for item, place in zip_longest(items, placed):
+        if item is None or not isinstance(place, WorkItem) or replace(place, device=item.device, lane=item.lane) != item:
+            raise PolicyError("place", place, f"is not {item} on another device or lane", "Change only device and lane.")
+        if place.device not in ("device", "cpu") or not isinstance(place.lane, int):
+            raise PolicyError("place", place, "device must be 'device' or 'cpu', lane an integer")
+    return placed
 
 
 def checked_mode(answer: str, feasible: Sequence[str]) -> str:
