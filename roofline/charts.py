@@ -31,7 +31,7 @@ CEILINGS = (BLUE, VERMILLION, GREEN, "#8C5A7B")
 # Groups of a step's time, dark to light in the order of a layer; the link keeps the colour of transfers.
 GROUPS = ("attention projections", "attention", "feed-forward", "embedding and head", "norms and activations",
           "between devices", "launch")  # fmt: skip
-GROUP_COLOURS = ("#2F5F8F", "#4C78A8", "#7F9DB9", "#B7A78B", "#D8CDB8", SKY, "#C9CED6")
+GROUP_COLOURS = ("#2F5F8F", "#8C5A7B", "#7F9DB9", "#B7A78B", "#D8CDB8", SKY, "#C9CED6")
 SMALLEST = 1e-3  # share of a step's time below which an op gets no mark: it would be smaller than a pixel
 HEIGHT = 430
 AREAS = (18, 2400)  # square pixels of a mark with no share and with all of the step's time
