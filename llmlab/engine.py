@@ -24,7 +24,7 @@ from llmlab.execution.base import StepBatch, Ticket, row_of
 from llmlab.outputs import AnswerState, RequestOutput
 from llmlab.prompts import Prompt, checked_token_ids, token_ids_of
 from llmlab.scheduling.scheduler import Update
-from llmlab.types import FinishReason, Request, RequestError, SamplingParams, StepPlan, StepResult
+from llmlab.types import FinishReason, LabError, Request, RequestError, SamplingParams, StepPlan, StepResult
 
 
 class Engine:
@@ -63,24 +63,49 @@ class Engine:
 
         Prompts: text, token ids, chat messages, or {"prompt_token_ids": [...]}. Raises RequestError.
         """
-        params = params or SamplingParams()
-        request_id = f"r{self._num_requests}" if request_id is None else request_id
-        if request_id in self._answers or request_id in self._groups:
-            raise RequestError("request_id", request_id, "is already in use", "Choose another id.")
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError("params", params, "is not a SamplingParams", "Write SamplingParams(max_tokens=...).")
+        request_id = self._free_id(request_id, params.n)
         try:
-            ids = checked_token_ids(token_ids_of(prompt, self.tokenizer), self.model.vocab_size, self.limits)
+            ids = checked_token_ids(self._token_ids(prompt), self.model.vocab_size, self.limits)
+            longest = self.limits.max_model_len
+            template = checked_request(Request(
+                request_id, 0, ids, params, self.clock.now() if arrival is None else arrival, priority, deadline, session,
+                max_total_tokens=longest if params.max_tokens is None else min(longest, len(ids) + params.max_tokens),
+                eos_token_ids=self.model.eos_token_ids, metadata={} if metadata is None else metadata,
+            ))  # fmt: skip
         except RequestError as error:
             self.log.emit(ev.RequestRefused, request_id, reason=str(error))
             raise
-        longest = self.limits.max_model_len
-        total = min(longest, len(ids) + params.max_tokens if params.max_tokens is not None else longest)
-        template = Request(
-            request_id, 0, ids, params, self.clock.now() if arrival is None else arrival, priority, deadline, session,
-            max_total_tokens=total, eos_token_ids=self.model.eos_token_ids, metadata=metadata or {},
-        )  # fmt: skip
         parent = RequestOutput(request_id, prompt if isinstance(prompt, str) else None, ids, [])
         self._groups[request_id] = [self._queue(template, parent, i) for i in range(params.n)]
         return request_id
+
+    def _token_ids(self, prompt: Prompt) -> Sequence[Any]:
+        try:
+            return token_ids_of(prompt, self.tokenizer)
+        except (TypeError, ValueError) as error:  # no list of ids, or text that no tokenizer can read
+            if isinstance(error, LabError):
+                raise
+            raise RequestError("prompt", prompt, f"cannot be read ({error})", "Give text, or a list of token ids.") from None
+
+    def _free_id(self, wanted: str | None, n: int) -> str:
+        """The id that the client chose, or a new one. An id names one request in the whole run's log."""
+        if wanted is None:
+            number = self._num_requests
+            while self._taken(f"r{number}", n):
+                number += 1
+            return f"r{number}"
+        if not isinstance(wanted, str) or not wanted.isprintable() or not wanted:
+            raise RequestError("request_id", wanted, "must be a printable, non-empty string", "Leave it out to get one.")
+        if self._taken(wanted, n):
+            raise RequestError("request_id", wanted, "is already in use", "Choose another id, or leave it out.")
+        return wanted
+
+    def _taken(self, request_id: str, n: int) -> bool:
+        names = [request_id] if n == 1 else [f"{request_id}#{index}" for index in range(n)]
+        return request_id in self._groups or any(name in self._answers or name in self.metrics.requests for name in names)
 
     def _queue(self, template: Request, parent: RequestOutput, index: int) -> str:
         """One of the `n` answers of a request; all but the first share the first one's prompt."""
@@ -119,7 +144,8 @@ class Engine:
             if entry[2].id == name:
                 self._future.remove(entry)
                 heapq.heapify(self._future)
-                self.scheduler.add(entry[2], self.clock.now())
+                now = self.clock.now()
+                self.scheduler.add(msgspec.structs.replace(entry[2], arrival=min(now, entry[0])), now)
                 return
 
     def _end(self, name: str, reason: FinishReason, stop_reason: str | None) -> None:
@@ -244,3 +270,21 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def checked_request(request: Request) -> Request:
+    """`request` with its metadata as a log holds it: policies must see what a replay will see. Raises RequestError."""
+    for field, value in (("arrival", request.arrival), ("deadline", request.deadline)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value < float("inf")):
+            raise RequestError(field, value, "must be a number of seconds, 0 or more", "Leave it out for now or never.")
+    if not isinstance(request.priority, int) or abs(request.priority) >= 2**63:
+        raise RequestError("priority", request.priority, "must be an integer of 64 bits", "Smaller goes first; 0 is usual.")
+    if request.session is not None and not (isinstance(request.session, str) and request.session.isprintable()):
+        raise RequestError("session", request.session, "must be a printable string", "Leave it out if there is none.")
+    try:
+        metadata = msgspec.json.decode(msgspec.json.encode(dict(request.metadata)))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise RequestError("metadata", request.metadata, f"is not plain data ({error})",
+                           "Use strings, numbers, lists and dicts.") from None  # fmt: skip
+    return msgspec.structs.replace(request, metadata=metadata)

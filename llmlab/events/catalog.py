@@ -38,7 +38,7 @@ class RunStarted(Event, frozen=True, tag=True):
     """The first event of every run: the effective configuration and where it ran."""
 
     LEVEL: ClassVar[int] = 0
-    schema: int = SCHEMA
+    schema: int = 0  # set to SCHEMA below: a default would be left out of files, and read as any later schema
     mode: Literal["measured", "simulated"] = "measured"
     config: Mapping[str, Any] = {}
     code: str = ""
@@ -46,6 +46,10 @@ class RunStarted(Event, frozen=True, tag=True):
     hardware: Mapping[str, Any] = {}
     model: Mapping[str, Any] = {}
     level: int = 2
+
+    def __post_init__(self) -> None:
+        if self.schema == 0:
+            msgspec.structs.force_setattr(self, "schema", SCHEMA)
 
 
 class PolicyFailed(Event, frozen=True, tag=True):
@@ -244,7 +248,8 @@ class StepPlanned(Event, frozen=True, tag=True):
 class StepFinished(Event, frozen=True, tag=True):
     """What came back. `state_hash` is the live engine's; a reducer must arrive at the same.
 
-    `blocks_hash` covers block tables and the prefix cache; 0 below level 3.
+    Below level 2 it is 0, because plans are not recorded. `blocks_hash` covers block tables and the prefix cache;
+    0 below level 3.
     """
 
     LEVEL: ClassVar[int] = 1

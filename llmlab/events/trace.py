@@ -151,14 +151,18 @@ class Run:
         return max((e.step for e in self.log_events if isinstance(e, ev.StepFinished)), default=-1)
 
     def verify(self) -> list[str]:
-        """View replay: every recorded state hash against the fold; the disagreements, as sentences."""
+        """View replay: every recorded state hash against the fold; the disagreements, as sentences. Raises TraceError
+        for a run below level 2, whose log lacks what the state is folded from."""
+        if self.started.level < 2:
+            raise TraceError("log_level", self.started.level, "does not record what the state is folded from",
+                             "Record with log_level=2 or more.")  # fmt: skip
         state, wrong = LabState(), []
         for event in self.log_events:
             state.apply(event)
             if isinstance(event, ev.StepFinished):
                 if event.state_hash != state.state_hash:
                     wrong.append(f"step {event.step}: state hash {event.state_hash:x}, folded {state.state_hash:x}")
-                if event.blocks_hash and event.blocks_hash != state.blocks_hash:
+                if self.started.level >= 3 and event.blocks_hash != state.blocks_hash:
                     wrong.append(f"step {event.step}: blocks hash {event.blocks_hash:x}, folded {state.blocks_hash:x}")
         return wrong
 

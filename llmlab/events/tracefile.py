@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import sys
@@ -25,8 +26,8 @@ class TraceWriter:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.error: OSError | None = None
-        self._encode = msgspec.json.Encoder().encode
+        self.error: Exception | None = None
+        self._encode = msgspec.json.Encoder(enc_hook=str).encode
         self._lines: list[bytes] = []
         try:
             self._file: IO[bytes] | None = _open_write(self.path)
@@ -37,7 +38,12 @@ class TraceWriter:
     def write(self, event: Event) -> None:
         if self._file is None:
             return
-        self._lines.append(self._encode(event))
+        try:
+            self._lines.append(self._encode(event))
+        except (TypeError, ValueError, OverflowError) as error:  # a plug-in put something into it that is no data
+            self._flush()
+            self._fail(error)
+            return
         if len(self._lines) >= _FLUSH_EVERY:
             self._flush()
 
@@ -59,9 +65,19 @@ class TraceWriter:
                 self._fail(error)
         self._file = None
 
-    def _fail(self, error: OSError) -> None:
-        self.error, self._file = error, None
-        print(f"llmlab: the trace {self.path} ends here: {error.strerror or error}. The run goes on.", file=sys.stderr)
+    def _fail(self, error: Exception) -> None:
+        if self.error is not None:
+            return
+        self.error, file = error, self._file
+        self._file = None
+        if file is not None:
+            with contextlib.suppress(OSError):  # what is still buffered cannot be saved
+                file.close()
+        print(f"llmlab: the trace {self.path} ends here: {_said(error)}. The run goes on.", file=sys.stderr)
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _open_write(path: Path) -> IO[bytes]:
@@ -87,7 +103,7 @@ def write_trace(path: str | Path, events: Iterable[Event]) -> None:
         writer.write(event)
     writer.close()
     if writer.error is not None:
-        raise TraceError("trace", str(path), f"could not be written whole ({writer.error.strerror})",
+        raise TraceError("trace", str(path), f"could not be written whole ({_said(writer.error)})",
                          "Free some space, or choose another path.")  # fmt: skip
 
 
@@ -111,10 +127,14 @@ def read_trace(path: str | Path) -> LoadedTrace:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     _check_schema(path, line)
-                events.append(decoder.decode(line))
+                event = decoder.decode(line)
+                if events and event.seq != events[-1].seq + 1:
+                    cut = f"line {number} is event {event.seq}, event {events[-1].seq + 1} is missing"
+                    break
+                events.append(event)
     except FileNotFoundError:
         raise TraceError("trace", str(path), "does not exist", "`llmlab run ... --trace FILE` writes one.") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         cut = f"line {number} is damaged ({error})"
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         cut = f"after line {number} the file is damaged ({error})"
@@ -126,11 +146,11 @@ def read_trace(path: str | Path) -> LoadedTrace:
 def _check_schema(path: Path, line: bytes) -> None:
     try:
         first = msgspec.json.decode(line)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise TraceError("trace", str(path), f"line 1 is not JSON ({error})", "Is this a llmlab trace?") from None
     if not isinstance(first, dict) or first.get("event") != RunStarted.__name__:
         raise TraceError("trace", str(path), "does not begin with RunStarted", "Is this a whole llmlab trace?")
-    schema = first.get("schema", SCHEMA)
+    schema = first.get("schema")
     if schema != SCHEMA:
         raise TraceError("trace", str(path), f"has schema {schema}, this llmlab reads schema {SCHEMA}",
                          "Read it with the llmlab version that wrote it: " + str(first.get("code", "unknown")))  # fmt: skip

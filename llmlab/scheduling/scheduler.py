@@ -576,13 +576,15 @@ class Scheduler:
         return token_ids, None
 
     def _log_finish(self, result: StepResult, plan: int, num_tokens: int) -> None:
-        if not self.log.wants(ev.StepFinished):
+        foldable = self.log.wants(ev.StepPlanned)
+        if not foldable:
             self._dirty.clear()
+        if not self.log.wants(ev.StepFinished):
             return
         pool = self.memory.pool
         self.log.emit(
             ev.StepFinished, cause=plan, plan=plan, results=result.results, measured=result.durations,
-            state_hash=self.settle_hash(), blocks_hash=self.memory.fingerprint() if self.log.level >= 3 else 0,
+            state_hash=self.settle_hash() if foldable else 0, blocks_hash=self.memory.fingerprint() if self.log.level >= 3 else 0,
             num_tokens=num_tokens, num_running=len(self.running), num_waiting=len(self.waiting),
             used_blocks=pool.num_blocks - pool.num_free,
         )  # fmt: skip
