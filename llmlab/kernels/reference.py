@@ -99,9 +99,12 @@ def visible(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
-    """Dense attention of one row: q [q_len, Hq, D], k and v [kv_len, Hkv, D], seen [q_len, kv_len]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (t.float().repeat_interleave(group, 1) for t in (k, v))
+    """Dense attention of one row: q [q_len, Hq, D], k and v [kv_len, Hkv, D], seen [q_len, kv_len].
+
+    Positions that no query sees may hold anything: a sliding window frees their blocks.
+    """
+    group, unseen = q.shape[1] // k.shape[1], ~seen.any(0)
+    k, v = (t.float().masked_fill(unseen[:, None, None], 0.0).repeat_interleave(group, 1) for t in (k, v))
     scores = torch.einsum("qhd,khd->qhk", q.float(), k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

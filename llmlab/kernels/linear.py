@@ -1,0 +1,201 @@
+"""Linear layers on the CPU: weights packed once in panels, one kernel for every batch size.
+
+A panel holds PANEL output columns, row by row of the inner dimension, so that one token streams the
+weights at the speed of memory and many tokens reuse them from registers and cache. The sum of an
+output runs over k in order in either case, so a row's result does not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from llmlab.kernels.pool import Pool, Region, barrier, thread_num
+from llmlab.kernels.vector import BF16, F16, F32, FAST, PANEL, exp, get, product, put, tanh, width
+
+ROWS = 96  # rows of a block: a multiple of the register tile whose outputs stay in the first-level cache
+DEPTH = 512  # inner steps of a block: a panel of it stays in the second-level cache
+
+PLAIN, SILU, GELU_TANH = 0, 1, 2
+
+
+@njit(**FAST)
+def share(thread, threads, size):  # type: ignore[no-untyped-def]
+    """The bounds of a thread's part of `size` things."""
+    return thread * size // threads, (thread + 1) * size // threads
+
+
+@njit(**FAST, fastmath={"contract", "reassoc", "nsz"})
+def norm_row(x, k, weight, offset, eps, out):  # type: ignore[no-untyped-def]
+    """out[k] = x[k] / rms(x) * (weight[k] + offset)."""
+    squares = np.float32(0.0)
+    for i in range(k):
+        squares += get(x, i) * get(x, i)
+    factor = np.float32(1.0 / np.sqrt(squares / np.float32(k) + eps))
+    for i in range(k):
+        put(out, i, get(x, i) * factor * (get(weight, i) + offset))
+
+
+@njit(**FAST)
+def block_product(x, rows, k, panel, tile, storage):  # type: ignore[no-untyped-def]
+    """tile[rows, PANEL] = x[rows, k] @ panel[k, PANEL], all dense."""
+    for i in range(rows * PANEL):
+        put(tile, i, np.float32(0.0))
+    for start in range(0, k, DEPTH):
+        depth, weights = min(DEPTH, k - start), panel + width(storage) * start * PANEL
+        ahead = weights + width(storage) * depth * PANEL
+        product(x + 4 * start, k, weights, tile, PANEL, rows, depth, ahead, storage)
+
+
+@njit(**FAST, fastmath={"contract"})
+def gate(act, gates, ups, size):  # type: ignore[no-untyped-def]
+    """ups *= act(gates), `size` floats each."""
+    if act == SILU:
+        for i in range(size):
+            g = get(gates, i)
+            put(ups, i, get(ups, i) * g / (np.float32(1.0) + exp(-g)))
+    else:
+        for i in range(size):
+            g = get(gates, i)
+            u = np.float32(0.7978845608) * (g + np.float32(0.044715) * g * g * g)
+            put(ups, i, get(ups, i) * np.float32(0.5) * g * (np.float32(1.0) + tanh(u)))
+
+
+@njit(**FAST)
+def add_rows(tile, stride, rows, columns, other, other_stride):  # type: ignore[no-untyped-def]
+    """tile[rows, columns] += other; an other_stride of 0 repeats its one row."""
+    for row in range(rows):
+        to, source = tile + 4 * row * stride, other + 4 * row * other_stride
+        for i in range(columns):
+            put(to, i, get(to, i) + get(source, i))
+
+
+@njit(**FAST)
+def write_rows(tile, rows, columns, out, stride):  # type: ignore[no-untyped-def]
+    for row in range(rows):
+        source, to = tile + 4 * row * PANEL, out + 4 * row * stride
+        for i in range(columns):
+            put(to, i, get(source, i))
+
+
+@njit(**FAST)
+def task(a, x, row, panel, tile, storage):  # type: ignore[no-untyped-def]
+    """One panel of outputs for one block of rows; with an activation, of gates and of ups (whole panels)."""
+    rows, columns = min(ROWS, a.rows - row), min(PANEL, a.columns - panel * PANEL)
+    halves = 1 if a.act == PLAIN else 2
+    for half in range(halves):
+        column, result = half * a.columns + panel * PANEL, tile + half * 4 * ROWS * PANEL
+        block_product(x + 4 * row * a.k, rows, a.k, a.w + width(storage) * a.k * column, result, storage)
+        if a.bias != 0:
+            add_rows(result, PANEL, rows, columns, a.bias + 4 * column, 0)
+    result, at = tile + (halves - 1) * 4 * ROWS * PANEL, 4 * (row * a.columns + panel * PANEL)
+    if a.act != PLAIN:
+        gate(a.act, tile, result, rows * PANEL)
+    if a.residual != 0:
+        add_rows(result, PANEL, rows, columns, a.residual + at, a.columns)
+    write_rows(result, rows, columns, a.out + at, a.columns)
+
+
+@njit(**FAST)
+def linear(a, storage):  # type: ignore[no-untyped-def]
+    """One thread's part: its share of the norms, a barrier, its share of (panel, block of rows)."""
+    thread, x = thread_num(), a.x
+    if a.norm_weight != 0:
+        first, last = share(thread, a.threads, a.rows)
+        for row in range(first, last):
+            at = 4 * row * a.k
+            offset, eps = np.float32(a.offset), np.float32(a.eps)
+            norm_row(x + at, a.k, a.norm_weight, offset, eps, a.normed + at)
+        x = a.normed
+        barrier()
+    tile = a.tiles + thread * 8 * ROWS * PANEL
+    blocks = (a.rows + ROWS - 1) // ROWS
+    first, last = share(thread, a.threads, (a.columns + PANEL - 1) // PANEL * blocks)
+    for number in range(first, last):
+        task(a, x, number % blocks * ROWS, number // blocks, tile, storage)
+
+
+def linear_f32(pointer):  # type: ignore[no-untyped-def]
+    linear(carray(pointer, 1)[0], F32)
+
+
+def linear_bf16(pointer):  # type: ignore[no-untyped-def]
+    linear(carray(pointer, 1)[0], BF16)
+
+
+def linear_f16(pointer):  # type: ignore[no-untyped-def]
+    linear(carray(pointer, 1)[0], F16)
+
+
+_FIELDS = "x rows k w columns bias residual out act norm_weight normed tiles"
+REGIONS = {
+    dtype: Region(body, _FIELDS, floats="eps offset")
+    for dtype, body in (
+        (torch.float32, linear_f32),
+        (torch.bfloat16, linear_bf16),
+        (torch.float16, linear_f16),
+    )
+}
+
+
+def pack_panels(weight: Tensor) -> Tensor:
+    """weight [out, in] as [ceil(out / PANEL), in, PANEL], the last panel filled with zeros."""
+    rows, depth = weight.shape
+    panels = -(-rows // PANEL)
+    padded = weight.new_zeros(panels * PANEL, depth)
+    padded[:rows] = weight
+    return padded.view(panels, PANEL, depth).transpose(1, 2).contiguous()
+
+
+class PackedLinear:
+    """A linear layer packed for `Region` kernels; weights stay in float32, bfloat16 or float16."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, pool: Pool) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.panels = pack_panels(weight.detach())
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+        self._pool, self._region = pool, REGIONS[weight.dtype]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+    @property
+    def splits_evenly(self) -> bool:
+        """Whether the halves of the outputs, gates and ups, each fill whole panels."""
+        return self.out_features % (2 * PANEL) == 0
+
+    def run(
+        self,
+        x: Tensor,
+        *,
+        act: int = PLAIN,
+        residual: Tensor | None = None,
+        norm_weight: Tensor | None = None,
+        eps: float = 0.0,
+        weight_offset: float = 0.0,
+    ) -> Tensor:
+        """norm, product, bias, then activation or residual, in one region. x [T, in] dense float32."""
+        rows, depth = x.shape
+        columns = self.out_features if act == PLAIN else self.out_features // 2
+        out = torch.empty(rows, columns)
+        tiles = self._pool.scratch(self._pool.num_threads * 2 * ROWS * PANEL + rows * depth)
+        self._pool.run(
+            self._region,
+            x.data_ptr(),
+            rows,
+            depth,
+            self.panels.data_ptr(),
+            columns,
+            0 if self.bias is None else self.bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            act,
+            0 if norm_weight is None else norm_weight.data_ptr(),
+            tiles + 8 * self._pool.num_threads * ROWS * PANEL,
+            tiles,
+            eps,
+            weight_offset,
+        )
+        return out

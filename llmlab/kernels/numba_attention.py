@@ -1,0 +1,362 @@
+"""Paged attention for ragged batches on the CPU.
+
+A thread takes units of the plan (a tile of queries, a range of KV, one KV head). It gathers CHUNK
+positions from the scattered blocks into dense tiles, the keys transposed, and then both products of
+attention are the same register tile that the linear layers use. Softmax runs online within a SEGMENT;
+segments merge by their log-sum-exp in order. Nothing in a query's arithmetic depends on the batch, on
+how its prompt was cut into chunks, or on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from llmlab.kernels.attention_plan import (
+    CHUNK,
+    PARTIAL,
+    ROW,
+    SEGMENT,
+    START,
+    STOP,
+    TOKEN,
+    TOKENS,
+    AttnPlan,
+    tile_tokens,
+)
+from llmlab.kernels.layout import AttentionMetadata, AttentionState
+from llmlab.kernels.linear import share
+from llmlab.kernels.pool import Pool, Region, barrier, thread_num
+from llmlab.kernels.vector import (
+    BF16,
+    F16,
+    F32,
+    FAST,
+    LANES,
+    PANEL,
+    copy,
+    exp,
+    get,
+    get_int,
+    get_long,
+    highest,
+    prefetch,
+    product,
+    put,
+    put_long,
+    scattered_product,
+    tanh,
+    transpose,
+    width,
+)
+
+highest_score = highest(CHUNK)
+LOWEST = np.float32(-1e30)  # the maximum of no scores: finite, so that differences stay numbers
+
+
+class Tiles(NamedTuple):
+    """Addresses of a thread's working memory, for a tile of M rows (query tokens x heads of a group)."""
+
+    queries: int  # [M, dim], already scaled
+    keys: int  # [CHUNK / PANEL][dim][PANEL]
+    values: int  # [CHUNK, wide], if dim is not whole panels; wide = dim rounded up to PANEL
+    scores: int  # [M, CHUNK]
+    out: int  # [M, wide]: the running sum of the segment
+    total: int  # [M, wide]: the merged segments
+    stats: int  # [3, M]: maximum and sum of the segment, lse of the merged segments
+    lines: int  # [2][2, CHUNK] int64: where keys and values of the current and of the next chunk lie
+
+
+def tile_floats(rows: int, dim: int) -> int:
+    """Floats of working memory of one thread."""
+    wide = -(-dim // PANEL) * PANEL
+    return rows * dim + CHUNK * (dim + wide) + rows * (CHUNK + 2 * wide + 3) + 8 * CHUNK + 16
+
+
+@njit(**FAST)
+def lay_out(at, rows, dim, wide):  # type: ignore[no-untyped-def]
+    keys = at + 32 * CHUNK
+    values = keys + 4 * CHUNK * dim
+    scores = values + 4 * CHUNK * wide
+    queries = scores + 4 * rows * CHUNK
+    out = queries + 4 * rows * dim
+    total = out + 4 * rows * wide
+    return Tiles(queries, keys, values, scores, out, total, total + 4 * rows * wide, at)
+
+
+@njit(**FAST)
+def find_lines(a, row, head, chunk, start, stop, lines, storage):  # type: ignore[no-untyped-def]
+    """The addresses of the positions of a chunk from `start` to `stop`, of one KV head.
+
+    Those before repeat the first of them, those behind (up to a multiple of LANES) the last: nothing
+    outside start..stop is touched, be it freed by a sliding window or never written.
+    """
+    line, i, count = width(storage) * a.dim, max(start - chunk, 0), min(CHUNK, stop - chunk)
+    first = i
+    while i < count:
+        index, slot = (chunk + i) // a.block_size, (chunk + i) % a.block_size
+        block = np.int64(get_int(a.block_tables, row * a.table_width + index))
+        at = width(storage) * (block * a.block_stride + head * a.head_stride) + slot * line
+        end = min(count, i + a.block_size - slot)
+        while i < end:
+            put_long(lines, i, a.k_cache + at)
+            put_long(lines, CHUNK + i, a.v_cache + at)
+            at, i = at + line, i + 1
+    for i in range(first):
+        put_long(lines, i, get_long(lines, first))
+        put_long(lines, CHUNK + i, get_long(lines, CHUNK + first))
+    for i in range(count, (count + LANES - 1) // LANES * LANES):
+        put_long(lines, i, get_long(lines, count - 1))
+        put_long(lines, CHUNK + i, get_long(lines, CHUNK + count - 1))
+    return first, count
+
+
+@njit(**FAST)
+def gather(a, tiles, wide, count, lines, ahead, storage):  # type: ignore[no-untyped-def]
+    """The keys of a chunk, transposed, to `tiles.keys`; the next chunk is asked for meanwhile."""
+    line = width(storage) * a.dim
+    for i in range(0, count, LANES):
+        for position in range(i, i + LANES):
+            for byte in range(0, line, 64):
+                prefetch(get_long(ahead, position) + byte)
+                prefetch(get_long(ahead, CHUNK + position) + byte)
+        target = tiles.keys + 4 * (i // PANEL * a.dim * PANEL + i % PANEL)
+        for d in range(0, a.dim, LANES):
+            transpose(lines + 8 * i, d, target + 4 * d * PANEL, storage)
+    if a.dim < wide:  # the product reads whole panels: give it rows of that width
+        for i in range(count):
+            target = tiles.values + width(storage) * i * wide
+            for d in range(0, a.dim, LANES):
+                copy(get_long(lines, CHUNK + i) + width(storage) * d, target + width(storage) * d, storage)
+            put_long(lines, CHUNK + i, target)
+
+
+@njit(**FAST)
+def score(a, tiles, rows, count):  # type: ignore[no-untyped-def]
+    """scores[rows, CHUNK] = queries @ keys for the first `count` positions (whole panels)."""
+    for i in range(rows * CHUNK):
+        put(tiles.scores, i, np.float32(0.0))
+    for i in range(0, count, PANEL):
+        keys = tiles.keys + 4 * i * a.dim
+        product(tiles.queries, a.dim, keys, tiles.scores + 4 * i, CHUNK, rows, a.dim, keys, F32)
+
+
+@njit(**FAST, fastmath={"contract", "reassoc", "nnan", "nsz"})
+def soften(scores, low, high, softcap, top):  # type: ignore[no-untyped-def]
+    """Scores low..high (others are unseen) to exp(score - new maximum); returns (new maximum, sum)."""
+    if softcap > 0:
+        for i in range(CHUNK):
+            put(scores, i, softcap * tanh(get(scores, i) / softcap))
+    if low > 0 or high < CHUNK:
+        for i in range(CHUNK):
+            put(scores, i, get(scores, i) if low <= i and i < high else -np.float32(np.inf))
+    top, total = max(top, highest_score(scores)), np.float32(0.0)
+    for i in range(CHUNK):
+        weight = exp(get(scores, i) - top)
+        put(scores, i, weight)
+        total += weight
+    return top, total
+
+
+@njit(**FAST)
+def soften_rows(a, tiles, rows, wide, own, length, first):  # type: ignore[no-untyped-def]
+    """The online softmax step of every row of a tile; row 0 belongs to the query at position `own`."""
+    for m in range(rows):
+        position = own + m // a.group
+        high = (position + 1 if a.causal else length) - first
+        low = position - a.window + 1 - first if a.window > 0 else 0
+        before = get(tiles.stats, m)
+        top, total = soften(tiles.scores + 4 * m * CHUNK, low, high, np.float32(a.softcap), before)
+        keep = exp(before - top)
+        put(tiles.stats, m, top)
+        put(tiles.stats, rows + m, get(tiles.stats, rows + m) * keep + total)
+        if keep != np.float32(1.0):
+            out = tiles.out + 4 * m * wide
+            for d in range(wide):
+                put(out, d, get(out, d) * keep)
+
+
+@njit(**FAST)
+def merge_row(total, lse, part, part_lse, size):  # type: ignore[no-untyped-def]
+    """total[size], lse := the state merged with (part, part_lse); returns the new lse."""
+    if part_lse == -np.float32(np.inf):
+        return lse
+    top = max(lse, part_lse)
+    keep, add = exp(lse - top), exp(part_lse - top)
+    both = keep + add
+    keep, add = keep / both, add / both
+    for d in range(size):
+        put(total, d, get(total, d) * keep + get(part, d) * add)
+    return top + np.float32(np.log(both))
+
+
+@njit(**FAST)
+def close_segment(tiles, rows, wide):  # type: ignore[no-untyped-def]
+    """Normalise the segment, merge it into the total, start an empty one."""
+    for m in range(rows):
+        out, weight, lse = tiles.out + 4 * m * wide, get(tiles.stats, rows + m), -np.float32(np.inf)
+        if weight > 0:
+            lse = get(tiles.stats, m) + np.float32(np.log(weight))
+            for d in range(wide):
+                put(out, d, get(out, d) / weight)
+        merged = merge_row(tiles.total + 4 * m * wide, get(tiles.stats, 2 * rows + m), out, lse, wide)
+        put(tiles.stats, m, LOWEST)
+        put(tiles.stats, rows + m, np.float32(0.0))
+        put(tiles.stats, 2 * rows + m, merged)
+        for d in range(wide):
+            put(out, d, np.float32(0.0))
+
+
+@njit(**FAST)
+def open_tile(a, tiles, token, rows, head, wide):  # type: ignore[no-untyped-def]
+    """Scaled queries of a tile, and an empty state."""
+    for m in range(rows):
+        query = a.q + 4 * ((token + m // a.group) * a.q_stride + (head * a.group + m % a.group) * a.dim)
+        for d in range(a.dim):
+            put(tiles.queries, m * a.dim + d, get(query, d) * np.float32(a.scale))
+        put(tiles.stats, m, LOWEST)
+        put(tiles.stats, rows + m, np.float32(0.0))
+        put(tiles.stats, 2 * rows + m, -np.float32(np.inf))
+    for i in range(rows * wide):
+        put(tiles.out, i, np.float32(0.0))
+        put(tiles.total, i, np.float32(0.0))
+
+
+@njit(**FAST)
+def close_tile(a, tiles, token, rows, head, wide, out, lse):  # type: ignore[no-untyped-def]
+    """Write the states of a tile to out [., Hq, dim] and lse [., Hq]."""
+    for m in range(rows):
+        at = ((token + m // a.group) * a.heads + head) * a.group + m % a.group
+        for d in range(a.dim):
+            put(out, at * a.dim + d, get(tiles.total, m * wide + d))
+        put(lse, at, get(tiles.stats, 2 * rows + m))
+
+
+@njit(**FAST)
+def attend(a, tiles, unit, wide, storage):  # type: ignore[no-untyped-def]
+    """One unit: a tile of queries over a range of KV, for one KV head."""
+    item, head = a.items + 48 * (unit // a.heads), unit % a.heads
+    row, token, tokens = get_long(item, ROW), get_long(item, TOKEN), get_long(item, TOKENS)
+    start, stop, partial = get_long(item, START), get_long(item, STOP), get_long(item, PARTIAL)
+    rows, length = tokens * a.group, np.int64(get_int(a.seq_lens, row))
+    own = length - np.int64(get_int(a.cu_seqlens_q, row + 1)) + token
+    open_tile(a, tiles, token, rows, head, wide)
+    lines, ahead = tiles.lines, tiles.lines + 16 * CHUNK
+    begin = start // CHUNK * CHUNK
+    skip, count = find_lines(a, row, head, begin, start, stop, lines, storage)
+    for chunk in range(begin, stop, CHUNK):
+        after, next_count = chunk + CHUNK, 0
+        if after < stop:
+            _, next_count = find_lines(a, row, head, after, start, stop, ahead, storage)
+        gather(a, tiles, wide, count, lines, ahead, storage)
+        score(a, tiles, rows, count)
+        soften_rows(a, tiles, rows, wide, own, length, chunk)
+        for d in range(0, wide, PANEL):
+            weights, values, out = tiles.scores + 4 * skip, lines + 8 * (CHUNK + skip), tiles.out + 4 * d
+            at = width(storage) * d
+            scattered_product(weights, CHUNK, values, at, out, wide, rows, count - skip, storage)
+        if after % SEGMENT == 0 or after >= stop:
+            close_segment(tiles, rows, wide)
+        lines, ahead, skip, count = ahead, lines, 0, next_count
+    if partial < 0:
+        close_tile(a, tiles, token, rows, head, wide, a.out, a.lse)
+    else:
+        close_tile(a, tiles, partial, rows, head, wide, a.partial_out, a.partial_lse)
+
+
+@njit(**FAST)
+def merge_parts(a, merge, thread):  # type: ignore[no-untyped-def]
+    """A thread's share of a divided item: partial states in order, to the output."""
+    hq, token, tokens = a.heads * a.group, get_long(merge, 0), get_long(merge, 1)
+    partial, parts = get_long(merge, 2), get_long(merge, 3)
+    first, last = share(thread, a.threads, tokens * hq)
+    for i in range(first, last):
+        total, lse = a.out + 4 * (token * hq + i) * a.dim, -np.float32(np.inf)
+        for d in range(a.dim):
+            put(total, d, np.float32(0.0))
+        for part in range(parts):
+            at = (partial + part * tokens) * hq + i
+            lse = merge_row(total, lse, a.partial_out + 4 * at * a.dim, get(a.partial_lse, at), a.dim)
+        put(a.lse, token * hq + i, lse)
+
+
+@njit(**FAST)
+def attention(a, storage):  # type: ignore[no-untyped-def]
+    """One thread's part: its units; then, if items were divided, a barrier and its share of the merges."""
+    thread, wide = thread_num(), (a.dim + PANEL - 1) // PANEL * PANEL
+    tiles = lay_out(a.scratch + 4 * thread * a.scratch_floats, a.tile_rows, a.dim, wide)
+    for unit in range(get_long(a.starts, thread), get_long(a.starts, thread + 1)):
+        attend(a, tiles, unit, wide, storage)
+    if a.num_merges > 0:
+        barrier()
+        for group in range(a.num_merges):
+            merge_parts(a, a.merges + 32 * group, thread)
+
+
+def attention_f32(pointer):  # type: ignore[no-untyped-def]
+    attention(carray(pointer, 1)[0], F32)
+
+
+def attention_bf16(pointer):  # type: ignore[no-untyped-def]
+    attention(carray(pointer, 1)[0], BF16)
+
+
+def attention_f16(pointer):  # type: ignore[no-untyped-def]
+    attention(carray(pointer, 1)[0], F16)
+
+
+_FIELDS = (
+    "q q_stride k_cache v_cache block_stride head_stride block_size heads group dim block_tables table_width rows seq_lens cu_seqlens_q "
+    "items starts merges num_merges out lse partial_out partial_lse scratch scratch_floats tile_rows window causal"
+)
+REGIONS = {
+    dtype: Region(body, _FIELDS, floats="scale softcap")
+    for dtype, body in (
+        (torch.float32, attention_f32),
+        (torch.bfloat16, attention_bf16),
+        (torch.float16, attention_f16),
+    )
+}
+
+
+def supports(q: Tensor, k_cache: Tensor) -> bool:
+    """Whether the compiled kernel covers these tensors; the reference covers the others."""
+    dim = q.shape[2]
+    return q.dtype == torch.float32 and k_cache.dtype in REGIONS and dim % LANES == 0
+
+
+def paged_attention(
+    pool: Pool,
+    plan: AttnPlan,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMetadata,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> AttentionState:
+    """`reference.paged_attention` by the compiled kernel; q [T, Hq, D] may have any stride between tokens."""
+    tokens, hq, dim = q.shape
+    heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    group = hq // heads
+    tile_rows = tile_tokens(group) * group
+    each, partials = tile_floats(tile_rows, dim), plan.num_partials
+    scratch = pool.scratch(pool.num_threads * each + partials * hq * (dim + 1))
+    partial_out = scratch + 4 * pool.num_threads * each
+    out, lse = torch.empty(tokens, hq, dim), torch.empty(tokens, hq)
+    pool.run(
+        REGIONS[k_cache.dtype],
+        *(q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0), k_cache.stride(1)),
+        *(block_size, heads, group, dim),
+        *(meta.block_tables.data_ptr(), meta.block_tables.stride(0), meta.num_rows),
+        *(meta.seq_lens.data_ptr(), meta.cu_seqlens_q.data_ptr()),
+        *(plan.items.ctypes.data, plan.starts.ctypes.data, plan.merges.ctypes.data, len(plan.merges)),
+        *(out.data_ptr(), lse.data_ptr(), partial_out, partial_out + 4 * partials * hq * dim),
+        *(scratch, each, tile_rows, sliding_window or 0, meta.mask == "causal", scale, softcap or 0.0),
+    )
+    return AttentionState(out, lse)

@@ -1,0 +1,133 @@
+"""One pool of threads for everything: the OpenMP team that torch already runs.
+
+Two runtimes with a pool each fight over the cores, since an idle OpenMP thread keeps spinning for a
+while. So the compiled kernels bring no pool of their own: they enter the team of torch's OpenMP
+library through `GOMP_parallel`, found among the dependencies of libtorch itself. Entering costs about
+a microsecond while the team is awake, and a kernel may use the team's barrier between its phases.
+The GIL is released meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.core.ccallback import CFunc
+
+# Resolved when machine code is loaded, by the names that `openmp` registers.
+thread_num = types.ExternalFunction("llmlab_thread_num", types.int32())
+barrier = types.ExternalFunction("llmlab_barrier", types.void())
+
+
+@dataclass(frozen=True)
+class OpenMP:
+    """How to enter the team: `parallel(function, argument, num_threads, 0)`; None: one thread only."""
+
+    parallel: Callable[[int, bytes, int, int], None] | None
+    library: str
+
+
+def _torch_library() -> Path:
+    suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    stem = "torch_cpu" if sys.platform == "win32" else "libtorch_cpu"
+    return Path(torch.__file__).parent / "lib" / f"{stem}.{suffix}"
+
+
+def _alone() -> int:
+    return 0
+
+
+@functools.cache
+def openmp() -> OpenMP:
+    """Torch's OpenMP runtime, its symbols made known to compiled code. Once per process."""
+    try:
+        library = ctypes.CDLL(str(_torch_library()))
+        enter, number, wait = library.GOMP_parallel, library.omp_get_thread_num, library.GOMP_barrier
+    except (OSError, AttributeError):
+        stub = numba.cfunc(types.int32())(_alone)
+        for symbol in ("llmlab_thread_num", "llmlab_barrier"):
+            llvm.add_symbol(symbol, stub.address)
+        return OpenMP(None, "none found: one thread")
+    for symbol, function in (("llmlab_thread_num", number), ("llmlab_barrier", wait)):
+        llvm.add_symbol(symbol, ctypes.cast(function, ctypes.c_void_p).value)
+    enter.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
+    enter.restype = None
+    return OpenMP(enter, "torch's OpenMP")
+
+
+class Region:
+    """A kernel that all threads enter with the same record of arguments; compiled at its first use.
+
+    `body(pointer)` reads the record with `carray(pointer, 1)[0]`. Its fields are `threads` and then
+    those given: integers (sizes, addresses) and, behind them, floats. The machine code is kept in
+    numba's cache: beside the sources, or in the user's cache directory where that is read-only.
+    """
+
+    def __init__(self, body: Callable[[Any], None], integers: str, floats: str = "") -> None:
+        self._body = body
+        whole, real = ("threads " + integers).split(), floats.split()
+        self._record = np.dtype([(n, np.int64) for n in whole] + [(n, np.float64) for n in real])
+        self.pack = struct.Struct("q" * len(whole) + "d" * len(real)).pack
+
+    @functools.cached_property
+    def address(self) -> int:
+        openmp()
+        return int(self._compiled.address)
+
+    @functools.cached_property
+    def call(self) -> Callable[[bytes], None]:
+        """The kernel as a plain function of its packed record: the calling thread alone."""
+        return ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self.address)
+
+    @functools.cached_property
+    def _compiled(self) -> CFunc:
+        signature = types.void(types.CPointer(numba.from_dtype(self._record)))
+        try:
+            return numba.cfunc(signature, cache=True)(self._body)
+        except RuntimeError as error:  # numba: no place to write a cache
+            if "locator" not in str(error):
+                raise
+            return numba.cfunc(signature)(self._body)
+
+
+class _Scratch(threading.local):
+    buffer = torch.empty(0)
+
+
+class Pool:
+    """Runs regions on `num_threads` threads (always the same number: resizing a team is slow)."""
+
+    def __init__(self, num_threads: int) -> None:
+        enter = openmp().parallel
+        self.num_threads = num_threads if enter is not None else 1
+        self._enter = enter
+        self._scratch = _Scratch()
+
+    def scratch(self, size: int) -> int:
+        """The address of `size` floats that last until this Python thread asks again."""
+        if self._scratch.buffer.numel() < size:
+            self._scratch.buffer = torch.empty(2 * size)
+        return self._scratch.buffer.data_ptr()
+
+    def run(self, region: Region, *values: float) -> None:
+        """All threads. `values` in the order of the region's fields, after `threads`."""
+        if self.num_threads == 1 or self._enter is None:
+            region.call(region.pack(1, *values))
+        else:
+            self._enter(region.address, region.pack(self.num_threads, *values), self.num_threads, 0)
+
+    def run_alone(self, region: Region, *values: float) -> None:
+        """The calling thread only: for work shorter than waking the others."""
+        region.call(region.pack(1, *values))
