@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from llmlab.scheduling.seamcalls import sortable
 from llmlab.types import Sequence
 
 Entry = tuple[tuple[Any, ...], float, int, Sequence]
@@ -50,4 +49,4 @@ class WaitingQueue:
 
     @staticmethod
     def _entry(seq: Sequence) -> Entry:
-        return sortable(seq.key), seq.request.arrival, seq.request.number, seq
+        return seq.key, seq.request.arrival, seq.request.number, seq

@@ -29,7 +29,6 @@ from llmlab.scheduling.seamcalls import (
     checked_key,
     checked_mode,
     checked_places,
-    sortable,
     unchecked,
 )  # fmt: skip
 from llmlab.seams import (
@@ -420,7 +419,7 @@ class Scheduler:
         wanting = self._request_view(needy)
         seam = self.policies.victim
         scores = seam.ask(lambda p: [checked_key(p.score(view, v, wanting)) for v in views], unchecked, cause)
-        order = sorted(range(len(views)), key=lambda i: (sortable(scores[i]), -views[i].arrival, -views[i].number))
+        order = sorted(range(len(views)), key=lambda i: (scores[i], -views[i].arrival, -views[i].number))
         options = [self._victim_option(views[i], scores[i]) for i in order[: 1 + self._num_alternatives]]
         chosen = candidates[order[0]]
         decision = self.log.emit(

@@ -6,10 +6,10 @@ raises, overruns its time or answers nonsense, the default decides that once and
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
+from numbers import Real
 from typing import Any, Generic, TypeVar
 
 from msgspec.structs import replace
@@ -88,18 +88,16 @@ class Considered:
 
 # ------------------------------------------------------------------------------ answers that make sense
 def checked_key(key: Any) -> tuple[Any, ...]:
-    """A key as a tuple of numbers and strings that a log can hold, without NaN."""
+    """A key as a tuple of numbers, which any two keys can be compared by and a log can hold."""
     parts = key if isinstance(key, tuple) else (key,)
+    if not all(isinstance(part, (int, float)) for part in parts):  # numbers of numpy become Python's
+        parts = tuple(float(part) if isinstance(part, Real) else part for part in parts)
     for part in parts:
-        number = isinstance(part, (int, float)) and not math.isnan(part) and (isinstance(part, float) or abs(part) < 2**63)
-        if not number and not isinstance(part, str):
-            raise PolicyError("key", key, "must be a number or a tuple of numbers and strings, without NaN")
+        if not isinstance(part, (int, float)) or part != part or (isinstance(part, int) and abs(part) >= 2**63):
+            raise PolicyError("key", key, "must be a number or a tuple of numbers, without NaN")
+    if not parts:
+        raise PolicyError("key", key, "is empty", "Return a number, such as request.arrival.")
     return parts
-
-
-def sortable(key: tuple[Any, ...]) -> tuple[tuple[bool, Any], ...]:
-    """A checked key in a form that compares with every other one: numbers come before strings."""
-    return tuple((isinstance(part, str), part) for part in key)
 
 
 def checked_admission(answer: Admit | Wait) -> Admit | Wait:

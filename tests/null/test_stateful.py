@@ -13,12 +13,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from simlab import Watch, expected_tokens, run_to_end, sim_engine, specs
 
 from llmlab.assembly import REGISTRIES
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.types import RequestError, SamplingParams
-from simlab import Watch, expected_tokens, run_to_end, sim_engine, specs
 
 SEAMS = ("ordering", "admission", "composer", "victim", "eviction", "tiering")
 MAX_REQUESTS = 12
