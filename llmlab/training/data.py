@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmlab.tasks import Demonstration, Problem, Suite, suite
 from llmlab.tasks.doc import Doc
+from llmlab.training.lab_tokenizer import CONTROL
 
 LENGTHS = (32, 64, 96, 112, 128, 144, 160, 192, 256, 320, 384, 512, 768, 1024, 1280)
 """Rows are padded to the next of these, so that few shapes exist and little is wasted."""
@@ -108,7 +109,7 @@ def encode(tokenizer: Tokenizer, demos: Sequence[Demonstration]) -> list[Row]:
     """Token ids and loss marks; every document begins with ``<bos>``."""
     texts = [text for d in demos for text in (d.prompt, *(s.text for s in d.segments))]
     pieces = iter(tokenizer.encode_batch(texts, add_special_tokens=False))
-    bos = tokenizer.token_to_id("<bos>")
+    bos = CONTROL.index("<bos>")
     rows = []
     for demo in demos:
         prompt = next(pieces).ids

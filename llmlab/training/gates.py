@@ -11,14 +11,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from llmlab import tasks
 from llmlab.tasks import Problem
 from llmlab.training.cards import Card, Gate, describe, load_card, save_card, wilson
+from llmlab.training.net import from_llama, shape_of
+from llmlab.training.sample import Sampling, generate
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,35 +55,19 @@ _SAMPLES = 16
 
 
 class Answerer:
-    """Answers prompts in batches of equal length with ``transformers`` (float32, one seed for all samples)."""
+    """Answers prompts with a shipped directory (float32)."""
 
-    def __init__(self, directory: Path, batch_size: int = 128, seed: int = 0) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    def __init__(self, directory: Path, seed: int = 0) -> None:
+        weights = load_file(str(directory / "model.safetensors"))
+        self.model = from_llama(shape_of(load_card(directory).name), weights)
+        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self.seed = seed
 
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        self.batch_size, self.seed = batch_size, seed
-
-    def answers(self, prompts: Sequence[str], max_tokens: int, temperature: float) -> list[str]:
-        """One completion per prompt, in order; prompts of equal length share a batch, so nothing is padded."""
-        torch.manual_seed(self.seed)
-        ids = [self.tokenizer(p).input_ids for p in prompts]
-        out = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
-        while order:
-            length = len(ids[order[0]])
-            chosen = [i for i in order if len(ids[i]) == length][:self.batch_size]
-            order = [i for i in order if i not in set(chosen)]
-            for i, text in zip(chosen, self._generate([ids[i] for i in chosen], max_tokens, temperature), strict=True):
-                out[i] = text
-        return out
-
-    @torch.inference_mode()
-    def _generate(self, ids: list[list[int]], max_tokens: int, temperature: float) -> list[str]:
-        rows = torch.tensor(ids)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        out = self.model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=max_tokens, **sampling)
-        return [self.tokenizer.decode(row[rows.shape[1]:]).split("<eos>")[0] for row in out]
+    def answers(self, prompts: Sequence[str], max_tokens: int, temperature: float = 0.0) -> list[str]:
+        """One completion per prompt, in order."""
+        ids = [self.tokenizer.encode(p).ids for p in prompts]
+        made = generate(self.model, ids, Sampling(max_tokens, temperature, self.seed))
+        return [self.tokenizer.decode(tokens, skip_special_tokens=False) for tokens in made]
 
 
 def problems(cell: Cell, n: int, seed: int = 0) -> list[Problem]:

@@ -104,7 +104,7 @@ class Block(nn.Module):
         s, (batch, time, _) = self.shape, qkv.shape
         heads = qkv.view(batch, time, -1, s.head_dim).transpose(1, 2)
         qk, v = heads[:, :-s.num_kv_heads], heads[:, -s.num_kv_heads:]
-        qk = qk * cos + _rotate_half(qk) * sin
+        qk = qk * cos + rotate_half(qk) * sin
         mixed = _causal_attention(qk[:, :s.num_heads], qk[:, s.num_heads:], v)
         return mixed.transpose(1, 2).reshape(batch, time, -1)
 
@@ -124,7 +124,8 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), v).view(batch, heads, time, dim)
 
 
-def _rotate_half(x: Tensor) -> Tensor:
+def rotate_half(x: Tensor) -> Tensor:
+    """The other half of the rotation of ``rotary`` positions, in the convention of transformers."""
     a, b = x.chunk(2, -1)
     return torch.cat((-b, a), -1)
 

@@ -72,7 +72,7 @@ class Training:
         self.master = [p.detach().clone().requires_grad_() for p in self.model.parameters()]
         self.average = [p.detach().clone() for p in self.master]
         self.model.to(torch.bfloat16)
-        self.work = list(self.model.parameters())
+        self.work: list[Tensor] = list(self.model.parameters())
         self.optimizer = _optimizer(self.master, plan)
 
     def compile(self) -> None:

@@ -184,15 +184,11 @@ def test_an_exported_directory_loads_in_transformers(tiny_directory: Path) -> No
 
 
 def test_export_writes_a_card(tmp_path: Path) -> None:
-    training = Training(Plan("lab-xs", tokens=100.0), started=0.0)
-    training.save(tmp_path / "state")
-    log = {"step": 1, "tokens": 5, "loss": 1.5, "rate": 1e-4, "seconds": 60.0}
-    (tmp_path / "state" / "log.jsonl").write_text(json.dumps(log) + "\n")
-    export.export(tmp_path / "state", tmp_path / "lab-xs", machine="a test")
+    directory = fresh_xs(tmp_path)
     card, = cards.load_cards(tmp_path)
     assert card.parameters == SHAPES["lab-xs"].num_params and card.finished
-    assert card.sha256["model.safetensors"] == sha256(tmp_path / "lab-xs" / "model.safetensors")
-    assert "a test" in (tmp_path / "lab-xs" / "README.md").read_text()
+    assert card.sha256["model.safetensors"] == sha256(directory / "model.safetensors")
+    assert "a test" in (directory / "README.md").read_text()
 
 
 def test_a_missing_card_says_how_to_write_one(tmp_path: Path) -> None:
@@ -205,15 +201,39 @@ def test_the_wilson_interval_agrees_with_the_textbook() -> None:
     assert cards.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-3)
 
 
-def test_gate_problems_are_held_out_and_answers_keep_their_order(tiny_directory: Path) -> None:
+def test_gate_problems_are_held_out() -> None:
     for cell in CELLS:
         assert all(p.split == "test" for p in problems(cell, 3))
-    answerer = Answerer(tiny_directory)
-    prompts = ["<slow>37*46?", "<chat>tell me about the river?<ans>", "<slow>12*13?"]
-    together = answerer.answers(prompts, 6, 0.0)
-    assert together == [answerer.answers([p], 6, 0.0)[0] for p in prompts]
-    gate = measure(answerer, CELLS[0], "lab-xs", 4)
-    assert gate.n == 4 and 0 <= gate.low <= gate.accuracy <= gate.high <= 1
+
+
+def test_answers_are_those_of_transformers_and_keep_their_order(tmp_path: Path) -> None:
+    directory = fresh_xs(tmp_path)
+    answerer, model = Answerer(directory), transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    prompts = ["<slow>37*46?", "<chat>tell me about the river?<ans>", "<slow>12*13-45*67?", "12*13?"]
+    together = answerer.answers(prompts, 40)
+    for prompt, text in zip(prompts, together, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1]:]
+        assert text == tokenizer.decode(expected).split("<eos>")[0]
+    assert answerer.answers(prompts, 9, 1.0) == answerer.answers(prompts, 9, 1.0)
+
+
+def fresh_xs(tmp_path: Path) -> Path:
+    training = Training(Plan("lab-xs", tokens=100.0), started=0.0)
+    with torch.no_grad():
+        for p in training.average:
+            p.mul_(4 if p.ndim > 1 else 1)          # larger weights: answers that vary
+    training.save(tmp_path / "state")
+    log = {"step": 1, "tokens": 5, "loss": 1.5, "rate": 1e-4, "seconds": 60.0}
+    (tmp_path / "state" / "log.jsonl").write_text(json.dumps(log) + "\n")
+    export.export(tmp_path / "state", tmp_path / "lab-xs", machine="a test")
+    return tmp_path / "lab-xs"
+
+
+def test_a_gate_counts_right_answers(tmp_path: Path) -> None:
+    gate = measure(Answerer(fresh_xs(tmp_path)), CELLS[0], "lab-xs", 4)
+    assert gate.n == 4 and gate.right == 0 and gate.low == 0 and 0.3 < gate.high < 0.7
 
 
 # --- what is shipped ---
