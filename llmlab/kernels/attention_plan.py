@@ -43,6 +43,10 @@ class AttnPlan:
     load: np.ndarray
 
     @property
+    def threads(self) -> int:
+        return len(self.starts) - 1
+
+    @property
     def imbalance(self) -> float:
         """Largest load over the mean load: 1 is a perfect deal."""
         mean = float(self.load.mean())

@@ -7,7 +7,7 @@ reference and replaces what it makes faster.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from llmlab.kernels import reference
 from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoice
+from llmlab.types import LabError
+
+COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LinearImpl(Protocol):
@@ -27,6 +30,15 @@ class LinearImpl(Protocol):
         """`x @ weight.T + bias` for dense x [T, in_features]; returns [T, out_features]."""
 
 
+class ExpertsImpl(Protocol):
+    """The gated MLPs of a mixture, packed once at load for the kernels of its set."""
+
+    def __call__(
+        self, x: Tensor, router_logits: Tensor, top_k: int, renormalize: bool, act: str = "silu"
+    ) -> Tensor:
+        """`reference.moe` of these experts; x [T, d] -> [T, d]."""
+
+
 class Kernels(Protocol):
     """The operations of a transformer, over ragged token batches [T, ...].
 
@@ -37,6 +49,9 @@ class Kernels(Protocol):
     name: str
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearImpl: ...
+
+    def experts(self, w_gate_up: Tensor, w_down: Tensor) -> ExpertsImpl:
+        """Pack [E, 2F, d] and [E, d, F]; `moe` takes the weights as they are."""
 
     def norm_linear(
         self, x: Tensor, norm_weight: Tensor, eps: float, lin: LinearImpl, weight_offset: float = 0.0
@@ -70,7 +85,9 @@ class Kernels(Protocol):
 
     def merge_states(self, a: AttentionState, b: AttentionState) -> AttentionState: ...
 
-    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None: ...
+    def store_kv(
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    ) -> None: ...
 
     def rope_store(
         self,
@@ -125,6 +142,18 @@ class TorchLinear:
         return reference.linear(x, self.weight, self.bias)
 
 
+class TorchExperts:
+    """`reference.moe` on the weights as they are."""
+
+    def __init__(self, w_gate_up: Tensor, w_down: Tensor) -> None:
+        self.w_gate_up, self.w_down = w_gate_up, w_down
+
+    def __call__(
+        self, x: Tensor, router_logits: Tensor, top_k: int, renormalize: bool, act: str = "silu"
+    ) -> Tensor:
+        return reference.moe(x, router_logits, self.w_gate_up, self.w_down, top_k, renormalize, act)
+
+
 class BaseKernels:
     """Every operation by the torch reference, the fused ones composed from the plain ones."""
 
@@ -142,6 +171,9 @@ class BaseKernels:
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearImpl:
         return TorchLinear(weight, bias)
+
+    def experts(self, w_gate_up: Tensor, w_down: Tensor) -> ExpertsImpl:
+        return TorchExperts(w_gate_up, w_down)
 
     def norm_linear(
         self, x: Tensor, norm_weight: Tensor, eps: float, lin: LinearImpl, weight_offset: float = 0.0
@@ -173,10 +205,26 @@ class TorchKernels(BaseKernels):
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Use `num_threads` threads in torch's operators (and, once loaded, in the numba kernels)."""
+    """Threads of torch's operators and of the compiled kernels alike: they are one team.
+
+    Never more than there are free cores: a step waits for its slowest thread.
+    """
     if num_threads < 1:
-        raise ValueError(f"num_threads: {num_threads} must be at least 1")
+        raise LabError("num_threads", num_threads, "is less than one thread", "give 1 or more, or None")
     torch.set_num_threads(num_threads)
+
+
+def _torch_kernels() -> Kernels:
+    return TorchKernels()
+
+
+def _numba_kernels() -> Kernels:
+    from llmlab.kernels.numba_kernels import NumbaKernels
+
+    return NumbaKernels()
+
+
+SETS: Mapping[str, Callable[[], Kernels]] = {"torch": _torch_kernels, "numba": _numba_kernels}
 
 
 def make_kernels(
@@ -185,12 +233,21 @@ def make_kernels(
     dtype: torch.dtype = torch.float32,
     num_threads: int | None = None,
 ) -> Kernels:
-    """The kernel set `name` ("auto", "torch") for a device and dtype; "auto" obeys LLMLAB_KERNELS."""
-    if name == "auto":
-        name = os.environ.get("LLMLAB_KERNELS", "auto")
+    """The kernel set `name` ("torch", "numba" or "auto") for a device and the dtype of a model.
+
+    "auto" obeys the environment variable LLMLAB_KERNELS; unset, it takes numba on a CPU with one of
+    the dtypes that its kernels read, and torch elsewhere. `num_threads`: see `set_num_threads`;
+    None leaves what torch has chosen.
+    """
     if num_threads is not None:
         set_num_threads(num_threads)
-    sets: Mapping[str, type[BaseKernels]] = {"torch": TorchKernels, "auto": TorchKernels}
-    if name not in sets:
-        raise ValueError(f"kernels: {name!r} is unknown; choose one of {', '.join(sorted(sets))}")
-    return sets[name]()
+    if name == "auto":
+        name = os.environ.get("LLMLAB_KERNELS", "auto")
+    on_cpu = torch.device(device).type == "cpu"
+    if name == "auto":
+        name = "numba" if on_cpu and dtype in COMPILED_DTYPES else "torch"
+    if name not in SETS:
+        raise LabError("kernels", name, "is not a kernel set", f"choose one of auto, {', '.join(SETS)}")
+    if name == "numba" and not on_cpu:
+        raise LabError("kernels", name, f"runs on the CPU only, not on {device}", "choose 'auto'")
+    return SETS[name]()

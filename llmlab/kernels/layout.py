@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmlab.types import LabError
+
 MASKS = ("causal", "full")
 
 
@@ -43,7 +45,7 @@ class AttentionMetadata:
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
-            raise ValueError(f"mask: {self.mask!r} is unknown; choose one of {', '.join(MASKS)}")
+            raise LabError("mask", self.mask, "is not a mask", f"choose one of {', '.join(MASKS)}")
         rows = self.seq_lens.shape[0]
         if self.cu_seqlens_q.shape[0] != rows + 1 or self.block_tables.shape[0] != rows:
             raise ValueError(

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from llmlab.kernels.pool import Pool, Region, barrier, thread_num
 from llmlab.kernels.vector import BF16, F16, F32, FAST, PANEL, exp, get, product, put, tanh, width
+from llmlab.types import LabError
 
 ROWS = 96  # rows of a block: a multiple of the register tile whose outputs stay in the first-level cache
 DEPTH = 512  # inner steps of a block: a panel of it stays in the second-level cache
 
 PLAIN, SILU, GELU_TANH = 0, 1, 2
+ACTS = {"silu": SILU, "gelu_tanh": GELU_TANH}
 
 
 @njit(**FAST)
@@ -117,6 +119,17 @@ def linear(a, storage):  # type: ignore[no-untyped-def]
         task(a, x, number % blocks * ROWS, number // blocks, tile, storage)
 
 
+@njit(**FAST)
+def gates(a):  # type: ignore[no-untyped-def]
+    """One thread's rows of gate_up [rows, 2 x columns]: act(gate) * up to out."""
+    first, last = share(thread_num(), a.threads, a.rows)
+    for row in range(first, last):
+        source, out = a.gate_up + 8 * row * a.columns, a.out + 4 * row * a.columns
+        for i in range(a.columns):
+            put(out, i, get(source, a.columns + i))
+        gate(a.act, source, out, a.columns)
+
+
 def linear_f32(pointer):  # type: ignore[no-untyped-def]
     linear(carray(pointer, 1)[0], F32)
 
@@ -129,6 +142,11 @@ def linear_f16(pointer):  # type: ignore[no-untyped-def]
     linear(carray(pointer, 1)[0], F16)
 
 
+def gates_f32(pointer):  # type: ignore[no-untyped-def]
+    gates(carray(pointer, 1)[0])
+
+
+GATE_REGION = Region(gates_f32, "gate_up out rows columns act")
 _FIELDS = "x rows k w columns bias residual out act norm_weight normed tiles"
 REGIONS = {
     dtype: Region(body, _FIELDS, floats="eps offset")
@@ -149,22 +167,59 @@ def pack_panels(weight: Tensor) -> Tensor:
     return padded.view(panels, PANEL, depth).transpose(1, 2).contiguous()
 
 
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def act_code(act: str) -> int:
+    if act not in ACTS:
+        raise LabError("act", act, "is not an activation", f"choose one of {', '.join(ACTS)}")
+    return ACTS[act]
+
+
+def dense(x: Tensor) -> Tensor:
+    """x as contiguous float32: itself, as a rule."""
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+def gate_rows(pool: Pool, gate_up: Tensor, act: str) -> Tensor:
+    """`reference.gated_act` on float32 gate_up [T, 2F]."""
+    gate_up, rows, columns = dense(gate_up), gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, columns)
+    pool.run_rows(GATE_REGION, rows, gate_up.data_ptr(), out.data_ptr(), rows, columns, act_code(act))
+    return out
+
+
 class PackedLinear:
     """A linear layer packed for `Region` kernels; weights stay in float32, bfloat16 or float16."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, pool: Pool) -> None:
         self.out_features, self.in_features = weight.shape
         self.panels = pack_panels(weight.detach())
-        self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.bias = None if bias is None else dense(bias.detach())
         self._pool, self._region = pool, REGIONS[weight.dtype]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x)
 
-    @property
-    def splits_evenly(self) -> bool:
-        """Whether the halves of the outputs, gates and ups, each fill whole panels."""
-        return self.out_features % (2 * PANEL) == 0
+    def gated(
+        self,
+        x: Tensor,
+        act: str,
+        norm_weight: Tensor | None = None,
+        eps: float = 0.0,
+        weight_offset: float = 0.0,
+    ) -> Tensor:
+        """`gated_act(self(norm(x)))`, fused where gates and ups each fill whole panels; [T, out / 2]."""
+        fused = self.out_features % (2 * PANEL) == 0
+        y = self.run(
+            x,
+            act=act_code(act) if fused else PLAIN,
+            norm_weight=norm_weight,
+            eps=eps,
+            weight_offset=weight_offset,
+        )
+        return y if fused else gate_rows(self._pool, y, act).to(x.dtype)
 
     def run(
         self,
@@ -176,26 +231,28 @@ class PackedLinear:
         eps: float = 0.0,
         weight_offset: float = 0.0,
     ) -> Tensor:
-        """norm, product, bias, then activation or residual, in one region. x [T, in] dense float32."""
+        """norm, product, bias, then activation or residual, in one region: [T, in] -> [T, out], dtype of x."""
+        dtype, x = x.dtype, dense(x)
         rows, depth = x.shape
         columns = self.out_features if act == PLAIN else self.out_features // 2
+        norm_weight = None if norm_weight is None else dense(norm_weight)
+        residual = None if residual is None else dense(residual)
         out = torch.empty(rows, columns)
-        tiles = self._pool.scratch(self._pool.num_threads * 2 * ROWS * PANEL + rows * depth)
+        threads = self._pool.num_threads
+        tiles = self._pool.scratch(threads * 2 * ROWS * PANEL + rows * depth)
         self._pool.run(
             self._region,
-            x.data_ptr(),
-            rows,
-            depth,
-            self.panels.data_ptr(),
-            columns,
-            0 if self.bias is None else self.bias.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            out.data_ptr(),
-            act,
-            0 if norm_weight is None else norm_weight.data_ptr(),
-            tiles + 8 * self._pool.num_threads * ROWS * PANEL,
-            tiles,
-            eps,
-            weight_offset,
+            threads,
+            *(
+                x.data_ptr(),
+                rows,
+                depth,
+                self.panels.data_ptr(),
+                columns,
+                address(self.bias),
+                address(residual),
+            ),
+            *(out.data_ptr(), act, address(norm_weight), tiles + 8 * threads * ROWS * PANEL, tiles),
+            *(eps, weight_offset),
         )
-        return out
+        return out if dtype is torch.float32 else out.to(dtype)

@@ -323,10 +323,9 @@ REGIONS = {
 }
 
 
-def supports(q: Tensor, k_cache: Tensor) -> bool:
-    """Whether the compiled kernel covers these tensors; the reference covers the others."""
-    dim = q.shape[2]
-    return q.dtype == torch.float32 and k_cache.dtype in REGIONS and dim % LANES == 0
+def supports(dim: int, cache: Tensor) -> bool:
+    """Whether the compiled kernel covers this head size and cache; the reference covers the others."""
+    return dim % LANES == 0 and cache.dtype in REGIONS and cache.stride(2) == dim and cache.stride(3) == 1
 
 
 def paged_attention(
@@ -340,21 +339,31 @@ def paged_attention(
     sliding_window: int | None,
     softcap: float | None,
 ) -> AttentionState:
-    """`reference.paged_attention` by the compiled kernel; q [T, Hq, D] may have any stride between tokens."""
+    """`reference.paged_attention` by the compiled kernel, for float32 q [T, Hq, D] with dense heads.
+
+    `plan` is that of `meta` and `sliding_window`.
+    """
     tokens, hq, dim = q.shape
     heads, block_size = k_cache.shape[1], k_cache.shape[2]
-    group = hq // heads
+    group, threads = hq // heads, plan.threads
     tile_rows = tile_tokens(group) * group
     each, partials = tile_floats(tile_rows, dim), plan.num_partials
-    scratch = pool.scratch(pool.num_threads * each + partials * hq * (dim + 1))
-    partial_out = scratch + 4 * pool.num_threads * each
+    scratch = pool.scratch(threads * each + partials * hq * (dim + 1))
+    partial_out = scratch + 4 * threads * each
     out, lse = torch.empty(tokens, hq, dim), torch.empty(tokens, hq)
     pool.run(
         REGIONS[k_cache.dtype],
-        *(q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0), k_cache.stride(1)),
-        *(block_size, heads, group, dim),
-        *(meta.block_tables.data_ptr(), meta.block_tables.stride(0), meta.num_rows),
-        *(meta.seq_lens.data_ptr(), meta.cu_seqlens_q.data_ptr()),
+        threads,
+        *(
+            q.data_ptr(),
+            q.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            k_cache.stride(0),
+            k_cache.stride(1),
+        ),
+        *(block_size, heads, group, dim, meta.block_tables.data_ptr(), meta.block_tables.stride(0)),
+        *(meta.num_rows, meta.seq_lens.data_ptr(), meta.cu_seqlens_q.data_ptr()),
         *(plan.items.ctypes.data, plan.starts.ctypes.data, plan.merges.ctypes.data, len(plan.merges)),
         *(out.data_ptr(), lse.data_ptr(), partial_out, partial_out + 4 * partials * hq * dim),
         *(scratch, each, tile_rows, sliding_window or 0, meta.mask == "causal", scale, softcap or 0.0),

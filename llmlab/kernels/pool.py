@@ -31,6 +31,9 @@ thread_num = types.ExternalFunction("llmlab_thread_num", types.int32())
 barrier = types.ExternalFunction("llmlab_barrier", types.void())
 
 
+ALONE = 4  # token rows that one thread finishes sooner than two can meet
+
+
 @dataclass(frozen=True)
 class OpenMP:
     """How to enter the team: `parallel(function, argument, num_threads, 0)`; None: one thread only."""
@@ -107,13 +110,17 @@ class _Scratch(threading.local):
 
 
 class Pool:
-    """Runs regions on `num_threads` threads (always the same number: resizing a team is slow)."""
+    """Runs regions on torch's threads: as many as `torch.set_num_threads` says, always all of them
+    (resizing the team is slow), so that one number governs torch's operators and these kernels.
+    """
 
-    def __init__(self, num_threads: int) -> None:
-        enter = openmp().parallel
-        self.num_threads = num_threads if enter is not None else 1
-        self._enter = enter
+    def __init__(self) -> None:
+        self._enter = openmp().parallel
         self._scratch = _Scratch()
+
+    @property
+    def num_threads(self) -> int:
+        return 1 if self._enter is None else torch.get_num_threads()
 
     def scratch(self, size: int) -> int:
         """The address of `size` floats that last until this Python thread asks again."""
@@ -121,13 +128,13 @@ class Pool:
             self._scratch.buffer = torch.empty(2 * size)
         return self._scratch.buffer.data_ptr()
 
-    def run(self, region: Region, *values: float) -> None:
-        """All threads. `values` in the order of the region's fields, after `threads`."""
-        if self.num_threads == 1 or self._enter is None:
+    def run(self, region: Region, threads: int, *values: float) -> None:
+        """`threads` of them (all, or one). `values` in the order of the region's fields."""
+        if threads == 1 or self._enter is None:
             region.call(region.pack(1, *values))
         else:
-            self._enter(region.address, region.pack(self.num_threads, *values), self.num_threads, 0)
+            self._enter(region.address, region.pack(threads, *values), threads, 0)
 
-    def run_alone(self, region: Region, *values: float) -> None:
-        """The calling thread only: for work shorter than waking the others."""
-        region.call(region.pack(1, *values))
+    def run_rows(self, region: Region, rows: int, *values: float) -> None:
+        """All threads, or the calling one alone if the rows are too few to be worth the others."""
+        self.run(region, 1 if rows <= ALONE else self.num_threads, *values)

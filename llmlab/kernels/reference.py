@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmlab.kernels.layout import AttentionMetadata, AttentionState
+from llmlab.types import LabError
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -68,7 +69,7 @@ def rope_store(
     """Norm per head (if given), rotate q and k, write k and v into the cache; returns the rotated q.
 
     q [T, Hq, D], k and v [T, Hkv, D] may be views of one qkv tensor (only the last two axes need to be
-    dense); a fast kernel may rotate q in place and return it. q_norm, k_norm [D]; cos, sin [T, rot/2]
+    dense), which the caller gives up: a fast kernel works in place and returns q itself. q_norm, k_norm [D]; cos, sin [T, rot/2]
     with rot <= D (rot = 0: no positions).
     """
     if q_norm is not None:
@@ -86,9 +87,7 @@ def gather_kv(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor:
     return blocks.transpose(1, 2).flatten(0, 1)[:seq_len]
 
 
-def visible(
-    q_len: int, kv_len: int, mask: str, sliding_window: int | None, device: torch.device
-) -> Tensor:
+def visible(q_len: int, kv_len: int, mask: str, sliding_window: int | None, device: torch.device) -> Tensor:
     """Bool [q_len, kv_len]: which key each query sees; the queries are the last positions of the row."""
     own = torch.arange(kv_len - q_len, kv_len, device=device).unsqueeze(1)
     key = torch.arange(kv_len, device=device).unsqueeze(0)
@@ -155,12 +154,12 @@ def merge_states(a: AttentionState, b: AttentionState) -> AttentionState:
 
 
 def activation(gate: Tensor, act: str) -> Tensor:
-    """"silu" or "gelu_tanh" in float32."""
+    """One of ACTIVATIONS, in float32."""
     if act == "silu":
         return F.silu(gate.float())
     if act == "gelu_tanh":
         return F.gelu(gate.float(), approximate="tanh")
-    raise ValueError(f"act: {act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+    raise LabError("act", act, "is not an activation", f"choose one of {', '.join(ACTIVATIONS)}")
 
 
 def gated_act(gate_up: Tensor, act: str = "silu") -> Tensor:

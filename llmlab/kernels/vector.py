@@ -275,7 +275,9 @@ def width(context, storage):  # type: ignore[no-untyped-def]
     return types.int64(storage), codegen
 
 
-def _accessors(name: str, element: types.Type, kind: ir.Type) -> tuple[Callable[..., Any], Callable[..., None]]:
+def _accessors(
+    name: str, element: types.Type, kind: ir.Type
+) -> tuple[Callable[..., Any], Callable[..., None]]:
     """`get(address, i)` and `put(address, i, value)` for an array of elements at an address."""
 
     @intrinsic
@@ -294,6 +296,32 @@ def _accessors(name: str, element: types.Type, kind: ir.Type) -> tuple[Callable[
         return types.void(types.int64, types.int64, element), codegen
 
     return get, put
+
+
+def _narrow(b: Any, value: Any, storage: types.Type) -> Any:
+    """A float as `storage`, rounded to nearest even."""
+    if storage == types.float32:
+        return value
+    if storage == types.int16:
+        return b.bitcast(b.fptrunc(value, ir.HalfType()), I16)
+    bits = b.bitcast(value, I32)
+    odd = b.and_(b.lshr(bits, I32(16)), I32(1))
+    rounded = b.lshr(b.add(bits, b.add(odd, I32(0x7FFF))), I32(16))
+    nan = b.fcmp_unordered("uno", value, value)
+    return b.trunc(b.select(nan, I32(0x7FC0), rounded), I16)
+
+
+@intrinsic
+def put_as(context, address, i, value, storage):  # type: ignore[no-untyped-def]
+    """`put` into an array of `storage`."""
+    kind = FLOAT if storage == types.float32 else I16
+
+    def codegen(target, b, signature, args):  # type: ignore[no-untyped-def]
+        at = b.gep(b.inttoptr(args[0], kind.as_pointer()), [args[1]])
+        b.store(_narrow(b, args[2], storage), at)
+        return target.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, storage), codegen
 
 
 # Memory by address: numba compiles this in a third of the time that arrays of its own take.

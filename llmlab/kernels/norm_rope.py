@@ -1,0 +1,147 @@
+"""Row-wise kernels on the CPU: norm + rotary embedding + KV write in one pass, and the norms alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from llmlab.kernels.linear import address, norm_row, share
+from llmlab.kernels.pool import Pool, Region, thread_num
+from llmlab.kernels.vector import BF16, F16, F32, FAST, get, get_long, put, put_as, width
+
+
+@njit(**FAST)
+def rotate(x, cos, sin, half):  # type: ignore[no-untyped-def]
+    """Dimension i turns with dimension i + half, in place."""
+    for i in range(half):
+        low, high, c, s = get(x, i), get(x, half + i), get(cos, i), get(sin, i)
+        put(x, i, low * c - high * s)
+        put(x, half + i, high * c + low * s)
+
+
+@njit(**FAST)
+def turn_heads(a, x, heads, token, weight):  # type: ignore[no-untyped-def]
+    """Norm (if weight is given) and rotate the heads of one token, in place."""
+    cos, sin = a.cos + 4 * token * a.half, a.sin + 4 * token * a.half
+    for head in range(heads):
+        at = x + 4 * head * a.dim
+        if weight != 0:
+            norm_row(at, a.dim, weight, np.float32(a.offset), np.float32(a.eps), at)
+        rotate(at, cos, sin, a.half)
+
+
+@njit(**FAST)
+def rope_store(a, storage):  # type: ignore[no-untyped-def]
+    """One thread's tokens: turn q and k, write k and v to their slot."""
+    first, last = share(thread_num(), a.threads, a.tokens)
+    for token in range(first, last):
+        k, v = a.k + 4 * token * a.k_stride, a.v + 4 * token * a.v_stride
+        turn_heads(a, a.q + 4 * token * a.q_stride, a.q_heads, token, a.q_norm)
+        turn_heads(a, k, a.heads, token, a.k_norm)
+        slot = get_long(a.slots, token)
+        if slot >= 0:
+            block, line = slot // a.block_size, slot % a.block_size
+            for head in range(a.heads):
+                at = width(storage) * (block * a.block_stride + head * a.head_stride + line * a.dim)
+                for d in range(a.dim):
+                    put_as(a.k_cache + at, d, get(k, head * a.dim + d), storage)
+                    put_as(a.v_cache + at, d, get(v, head * a.dim + d), storage)
+
+
+@njit(**FAST)
+def norms(a):  # type: ignore[no-untyped-def]
+    """One thread's rows: (x + residual to total,) norm to out."""
+    first, last = share(thread_num(), a.threads, a.rows)
+    for row in range(first, last):
+        at, source = 4 * row * a.k, a.x
+        if a.residual != 0:
+            source = a.total
+            for i in range(a.k):
+                put(source + at, i, get(a.x + at, i) + get(a.residual + at, i))
+        norm_row(source + at, a.k, a.weight, np.float32(a.offset), np.float32(a.eps), a.out + at)
+
+
+def rope_store_f32(pointer):  # type: ignore[no-untyped-def]
+    rope_store(carray(pointer, 1)[0], F32)
+
+
+def rope_store_bf16(pointer):  # type: ignore[no-untyped-def]
+    rope_store(carray(pointer, 1)[0], BF16)
+
+
+def rope_store_f16(pointer):  # type: ignore[no-untyped-def]
+    rope_store(carray(pointer, 1)[0], F16)
+
+
+def norms_f32(pointer):  # type: ignore[no-untyped-def]
+    norms(carray(pointer, 1)[0])
+
+
+_ROPE_FIELDS = (
+    "q q_stride q_heads k k_stride v v_stride heads tokens dim half cos sin q_norm k_norm "
+    "k_cache v_cache block_stride head_stride block_size slots"
+)
+ROPE_REGIONS = {
+    dtype: Region(body, _ROPE_FIELDS, floats="eps offset")
+    for dtype, body in (
+        (torch.float32, rope_store_f32),
+        (torch.bfloat16, rope_store_bf16),
+        (torch.float16, rope_store_f16),
+    )
+}
+NORM_REGION = Region(norms_f32, "x residual total weight out rows k", floats="eps offset")
+
+
+def heads_dense(x: Tensor) -> Tensor:
+    """x [T, H, D] in float32 with dense heads: itself, as a rule, whatever lies between the tokens."""
+    tokens_apart = x.dtype is torch.float32 and x.stride(2) == 1 and x.stride(1) == x.shape[2]
+    return x if tokens_apart else x.float().contiguous()
+
+
+def turn_and_store(
+    pool: Pool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    weight_offset: float,
+) -> None:
+    """`reference.rope_store` on float32 q, k, v, turned in place; caches of any of the three dtypes."""
+    tokens, q_heads, dim = q.shape
+    pool.run_rows(
+        ROPE_REGIONS[k_cache.dtype],
+        tokens,
+        *(q.data_ptr(), q.stride(0), q_heads, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
+        *(
+            k.shape[1],
+            tokens,
+            dim,
+            cos.shape[1],
+            cos.data_ptr(),
+            sin.data_ptr(),
+            address(q_norm),
+            address(k_norm),
+        ),
+        *(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0), k_cache.stride(1), k_cache.shape[2]),
+        *(slot_mapping.data_ptr(), eps, weight_offset),
+    )
+
+
+def norm_rows(
+    pool: Pool, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor]:
+    """`reference.add_rms_norm` (or, without residual, `rms_norm`) on dense float32 x [T, n]."""
+    rows, size = x.shape
+    out, total = torch.empty_like(x), x if residual is None else torch.empty_like(x)
+    addresses = (x.data_ptr(), address(residual), total.data_ptr(), weight.data_ptr(), out.data_ptr())
+    pool.run_rows(NORM_REGION, rows, *addresses, rows, size, eps, weight_offset)
+    return out, total
