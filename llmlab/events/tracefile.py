@@ -18,6 +18,8 @@ from llmlab.events.catalog import SCHEMA, AnyEvent, Event, RunStarted
 from llmlab.types import TraceError
 
 _FLUSH_EVERY = 512
+_READ_BYTES = 1 << 16
+_DAMAGED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what decoding a damaged line may raise
 
 
 class TraceWriter:
@@ -88,9 +90,36 @@ def _open_write(path: Path) -> IO[bytes]:
     return path.open("wb")
 
 
+class _ZstdFile(io.RawIOBase):
+    """A compressed file that notices when its end is missing, which zstandard's own reader does not."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self._frame.eof:
+            packed = self._file.read(_READ_BYTES)
+            if not packed:
+                raise EOFError("it ends in the middle of its compressed data")
+            self._ready = memoryview(self._frame.decompress(packed))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def _open_read(path: Path) -> IO[bytes]:
     if path.suffix == ".zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
+        return io.BufferedReader(_ZstdFile(path))
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     return path.open("rb")
@@ -134,7 +163,7 @@ def read_trace(path: str | Path) -> LoadedTrace:
                 events.append(event)
     except FileNotFoundError:
         raise TraceError("trace", str(path), "does not exist", "`llmlab run ... --trace FILE` writes one.") from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except _DAMAGED as error:
         cut = f"line {number} is damaged ({error})"
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         cut = f"after line {number} the file is damaged ({error})"
@@ -146,7 +175,7 @@ def read_trace(path: str | Path) -> LoadedTrace:
 def _check_schema(path: Path, line: bytes) -> None:
     try:
         first = msgspec.json.decode(line)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except _DAMAGED as error:
         raise TraceError("trace", str(path), f"line 1 is not JSON ({error})", "Is this a llmlab trace?") from None
     if not isinstance(first, dict) or first.get("event") != RunStarted.__name__:
         raise TraceError("trace", str(path), "does not begin with RunStarted", "Is this a whole llmlab trace?")
