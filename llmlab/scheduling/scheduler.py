@@ -170,8 +170,8 @@ class Scheduler:
     # ---------------------------------------------------------------------------------- planning
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None if nothing can or needs to run now."""
+        mark, last_step = self.log.num_emitted, self.log.step
         self.log.step = self.next_step
-        mark = self.log.num_emitted
         planned = self._plan(now, let_in=True)
         while not planned and self.running and not self.inflight and not self.memory.moves:
             planned = self._plan(now, let_in=False)  # whoever was chosen found no memory: let those who run go on
@@ -180,6 +180,8 @@ class Scheduler:
         if not idle or self.log.num_emitted > mark:
             self._log_plan(plan, now)
         if idle:
+            if self.log.num_emitted == mark:
+                self.log.step = last_step  # a turn without a trace must not show in the events that follow
             return None
         self._launch(plan, planned)
         return plan
