@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmlab.kernels.dispatch import Kernels, LinearImpl
+from llmlab.kernels.dispatch import ExpertsImpl, Kernels, LinearImpl
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.models.model_shape import ModelShape
 from llmlab.models.rope import RopeTable, Rotation
@@ -30,11 +30,8 @@ class DenseMLP:
 
 @dataclass(frozen=True, slots=True)
 class MoEMLP:
-    """router [E, d]; gate_up [E, 2F, d]; down [E, d, F]."""
-
     router: LinearImpl
-    gate_up: Tensor
-    down: Tensor
+    experts: ExpertsImpl
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +95,7 @@ class Transformer:
         def mlp() -> DenseMLP | MoEMLP:
             if shape.is_moe(index):
                 tensors = (weights[prefix + "experts.gate_up"], weights[prefix + "experts.down"])
-                return MoEMLP(linear("router", False), *tensors)
+                return MoEMLP(linear("router", False), self.kernels.experts(*tensors))
             return DenseMLP(linear("gate_up", shape.mlp_bias), linear("down", shape.mlp_bias))
 
         return Layer(
@@ -181,9 +178,7 @@ class Transformer:
             )
             return self._join(inner, mlp.down, layer.post_mlp_norm, hidden)
         x = kernels.rms_norm(hidden, layer.mlp_norm, shape.rms_norm_eps)
-        return hidden + kernels.moe(
-            x, mlp.router(x), mlp.gate_up, mlp.down, shape.top_k, shape.renormalize, shape.activation
-        )
+        return hidden + mlp.experts(x, mlp.router(x), shape.top_k, shape.renormalize, shape.activation)
 
     def _join(self, x: Tensor, linear: LinearImpl, post_norm: Tensor | None, hidden: Tensor) -> Tensor:
         """Add a sublayer's output to the residual stream."""

@@ -29,7 +29,7 @@ from llmlab.models.checkpoint import Checkpoint, save_checkpoint
 from llmlab.models.loader import load_model
 from llmlab.models.transformer import Transformer
 
-KERNELS = ("torch", "auto")
+KERNELS = ("torch", "numba")
 TOLERANCE = 1e-4
 
 
