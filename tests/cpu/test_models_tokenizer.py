@@ -179,7 +179,7 @@ def test_text_is_released_as_soon_as_it_is_whole(tokenizer: HFTokenizer) -> None
 
 
 def test_a_broken_character_comes_with_the_flush(tokenizer: HFTokenizer) -> None:
-    ids = tokenizer.encode("the 🙂", add_special_tokens=False)[:-1]
+    ids = tokenizer.encode("the 🦊", add_special_tokens=False)[:-1]  # no merge knows this one
     decoder = tokenizer.incremental()
     assert decoder.push(ids).rstrip() == "the"
     assert "\ufffd" in decoder.flush()
