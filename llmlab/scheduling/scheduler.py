@@ -123,12 +123,13 @@ class Scheduler:
 
     # ------------------------------------------------------------------------ requests in and out
     def add(self, request: Request, now: float) -> None:
-        """Queue a request. Raises RequestError if its id is taken."""
+        """Queue a request that has arrived. Its key is that of the instant of its arrival, which a replay knows, not of
+        the instant at which the loop noticed. Raises RequestError if its id is taken."""
         if request.id in self.sequences:
             raise RequestError("request_id", request.id, "is already in use", "Choose another id.")
         seq = self.sequences[request.id] = Sequence(request)
         seq.cause = self.log.emit(ev.RequestArrived, request.id, spec=request)
-        self._enqueue(seq, now)
+        self._enqueue(seq, min(now, request.arrival))
 
     def finish(self, request: str, reason: FinishReason, detail: str = "") -> None:
         """End a request from outside, at once; unknown or finished ones are ignored."""
@@ -351,6 +352,7 @@ class Scheduler:
             why = "composed nothing while nothing is in flight"
             items = seam.fall_back(lambda p: p.compose(view, offers), why, -1)
         self._log_composition(offers, items)
+        self._log_left_out(offers, items)
         return self.policies.placement.ask(lambda p: p.place(view, items), lambda a: checked_places(a, items))
 
     def _log_composition(self, offers: Offers, items: AbstractSequence[WorkItem]) -> None:
@@ -372,6 +374,16 @@ class Scheduler:
         self.log.emit(ev.Decision, seam=seam.name, policy=seam.policy_name, chosen=chosen, num_candidates=num_offers,
                       alternatives=(*considered, *alternatives),
                       reason=f"{sum(tokens.values())} of {self.limits.max_num_batched_tokens} tokens")  # fmt: skip
+
+    def _log_left_out(self, offers: Offers, items: AbstractSequence[WorkItem]) -> None:
+        if not offers.waiting:
+            return
+        chosen = dict.fromkeys(item.request for item in items)
+        tokens = sum(item.num_tokens for item in items)
+        for offer in offers.waiting:
+            if offer.request not in chosen:
+                self._log_wait(self.sequences[offer.request], "composer", f"{self.policies.composer.policy_name} gave this "
+                               f"step to others ({tokens} of {self.limits.max_num_batched_tokens} tokens)")  # fmt: skip
 
     # -------------------------------------------------------------------------------- reservation
     def _reserve(self, view: EngineView, items: AbstractSequence[WorkItem]) -> list[InFlight]:
