@@ -54,7 +54,7 @@ class BlockPool:
             block = self._pick_idle()
             del self._idle[block]
             evicted = self._forget(block)
-        self.refs[block] = 1
+        self.refs[block], self._num_hits[block] = 1, 0
         return block, evicted
 
     def _pick_idle(self) -> int:
@@ -69,7 +69,6 @@ class BlockPool:
         if block_hash is not None:
             del self.by_hash[block_hash]
             self.hashes[block] = None
-            self._num_hits[block] = 0
         return block_hash
 
     def pin(self, block: int) -> None:
