@@ -212,7 +212,8 @@ def output_tokens(run: Run) -> dict[str, int]:
 
 # ---------------------------------------------------------------------------------------- Perfetto
 _ENGINE, _REQUESTS = 1, 2  # process ids: the engine above, the requests below
-_STEPS, _DECISIONS = 1, 2  # thread ids of the engine
+# Thread ids. None equals a process id: Perfetto takes such a thread for the main one and moves it to the top.
+_STEPS, _DECISIONS, _FIRST_REQUEST = 11, 12, 101
 
 
 def perfetto_trace(run: Run) -> dict[str, Any]:
@@ -269,7 +270,7 @@ def _names(run: Run) -> Iterator[dict[str, Any]]:
     yield from named(_ENGINE, _DECISIONS, "thread", "decisions", 1)
     yield from named(_REQUESTS, 0, "process", "requests", 1)
     outputs = output_tokens(run)
-    for number, (name, request) in enumerate(run.requests.items(), 1):
+    for number, (name, request) in enumerate(run.requests.items(), _FIRST_REQUEST):
         label = f"{name} ({request.num_prompt_tokens} -> {outputs[name]})"
         yield from named(_REQUESTS, number, "thread", label, number)
 
@@ -314,7 +315,7 @@ def _option(option: ev.Alternative) -> str:
 
 def _requests(run: Run) -> Iterator[dict[str, Any]]:
     spans, outputs = request_spans(run), output_tokens(run)
-    for number, (name, metrics) in enumerate(run.requests.items(), 1):
+    for number, (name, metrics) in enumerate(run.requests.items(), _FIRST_REQUEST):
         if spans[name]:
             facts = {"finish_reason": metrics.finish_reason or "unfinished", "ttft_us": metrics.ttft and _us(metrics.ttft),
                      "prompt_tokens": metrics.num_prompt_tokens, "output_tokens": outputs[name],
@@ -323,7 +324,7 @@ def _requests(run: Run) -> Iterator[dict[str, Any]]:
         for span in merge_spans(spans[name]):
             args = {} if span.kind == "waiting" else {"steps": span.steps, "tokens": span.tokens}
             yield _slice(_REQUESTS, number, span.kind, span.start, span.end, **args)
-    numbers = {name: number for number, name in enumerate(run.requests, 1)}
+    numbers = {name: number for number, name in enumerate(run.requests, _FIRST_REQUEST)}
     for event in run.events(ev.RequestPreempted):
         yield _instant(_REQUESTS, numbers[event.request], f"preempted for {event.beneficiary}", event.t, mode=event.mode,
                        tokens_lost=event.tokens_lost, blocks=event.num_blocks)  # fmt: skip

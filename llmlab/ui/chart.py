@@ -101,5 +101,5 @@ def sentence(finding: str, explanation: str, *notes: str) -> Any:
         alt.Chart(data([{}]))
         .mark_text(style="note", align="left", baseline="top", fontSize=13, lineHeight=20)
         .encode(x=alt.value(0), y=alt.value(4), text=alt.value(list(lines)))
-        .properties(width=WIDTH, height=24 * max(1, len(lines)), title=title(finding, *notes))
+        .properties(width=WIDTH, height=24 * max(1, len(lines)), title=title(finding, *notes), usermeta={"sentence": explanation})
     )

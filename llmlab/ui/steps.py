@@ -170,7 +170,7 @@ def _budget(budget: int, visible: bool, c: Roles) -> list[Any]:
     words = f"token budget {budget}" + ("" if visible else ", far above this chart")
     text = alt.Chart(data([{"low": budget, "label": words}])).mark_text(align="right", baseline="top", dy=5, color=c.ink)
     if not visible:
-        return [text.encode(x=alt.value(WIDTH - 5), y=alt.value(0), text="label:N")]
+        return [text.encode(x=alt.value("width"), y=alt.value(0), text="label:N")]
     rule = alt.Chart(data([{"low": budget}])).mark_rule(color=c.ink, strokeDash=[5, 3]).encode(y="low:Q")
     return [rule, text.encode(x=alt.value("width"), y="low:Q", text="label:N")]
 

@@ -32,7 +32,7 @@ class Roles(msgspec.Struct, frozen=True):
     cached: str = "#009E73"
     rejected: str = "#CC79A7"
     transfer: str = "#56B4E9"
-    owner_ink: str = "#1F2933"
+    owner_ink: str = "#1B2430"
     owners: tuple[str, ...] = ("#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#BBCC33", "#AAAA00")
 
     @property
@@ -74,6 +74,26 @@ def roles() -> Roles:
     import altair as alt
 
     return DARK if alt.theme.active == "llmlab_dark" else LIGHT
+
+
+def recoloured(spec: Any, source: str, target: str) -> Any:
+    """A Vega-Lite spec drawn under the theme `source` as it would be under `target`: every colour of a role exchanged,
+    and the configuration. Data is shared, not copied. Works because no two roles of a theme have one colour."""
+    swap = dict(zip(_colours(ROLES[source]), _colours(ROLES[target])))
+
+    def walk(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: value if key in ("datasets", "values") else walk(value) for key, value in part.items()}
+        if isinstance(part, list):
+            return [walk(value) for value in part]
+        return swap.get(part, part) if isinstance(part, str) else part
+
+    return {**walk({k: v for k, v in spec.items() if k != "config"}), "config": config(target)}
+
+
+def _colours(c: Roles) -> list[str]:
+    values = [getattr(c, name) for name in c.__struct_fields__]
+    return [colour for value in values for colour in ([value] if isinstance(value, str) else value)]
 
 
 def config(name: str) -> dict[str, Any]:
