@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -33,7 +34,7 @@ from llmlab.types import SamplingParams
 if TYPE_CHECKING:
     from llmlab.events.trace import Run
 
-WANTED_PREEMPTIONS = 6  # several, but few enough to read about
+REQUESTS_A_PREEMPTION = 4  # six preemptions for 24 requests: several, but few enough to read about
 TRACE_FILE, REPORT_FILE = "trace.jsonl.zst", "report.html"
 CONTROL_WORDS = ("<fast>", "<slow>", "<think>", "<chat>", "<doc>", "<ans>")
 
@@ -89,6 +90,7 @@ def take_tour(choices: Choices, console: Console) -> bool:
         guests = invite(config, choices.requests)
         pool = pool_for(config, guests)
         choices.out.mkdir(parents=True, exist_ok=True)
+        warm_up(config)
         engine = Engine(_tour_config(config, pool, choices.trace))
     with engine:
         _heading(console, 1, "What runs where")
@@ -103,9 +105,18 @@ def take_tour(choices: Choices, console: Console) -> bool:
 
 
 def _tour_config(config: EngineConfig, pool: Pool, trace: Path) -> EngineConfig:
-    import msgspec
-
     return msgspec.structs.replace(config, num_blocks=pool.num_blocks, trace=str(trace))
+
+
+def warm_up(config: EngineConfig) -> None:
+    """Serve two short requests that nobody sees: kernels are compiled in the first step of a process, and that
+    would be blamed on the first guests."""
+    blocks = -(-64 // config.block_size) + 1
+    with Engine(msgspec.structs.replace(config, num_blocks=blocks, max_model_len=None, log_level=0)) as engine:
+        for length in (5, 40):
+            engine.add_request({"prompt_token_ids": [1] * length}, SamplingParams(max_tokens=4, temperature=0.0))
+        while engine.has_unfinished_requests():
+            engine.step()
 
 
 # --------------------------------------------------------------------------------------- the requests
@@ -155,11 +166,12 @@ def pool_for(config: EngineConfig, guests: Sequence[Guest]) -> Pool:
         return Pool(config.num_blocks, size, None)
     low = max(-(-(len(g.prompt_token_ids) + g.max_tokens) // size) for g in guests) + 1
     high = max(low, sum(-(-(len(g.prompt_token_ids) + g.expected_tokens) // size) for g in guests))
+    enough = max(1, len(guests) // REQUESTS_A_PREEMPTION)
     found = Pool(low, size, rehearse(config, guests, low))
     while low < high:
         middle = (low + high + 1) // 2
         preemptions = rehearse(config, guests, middle)
-        if preemptions >= WANTED_PREEMPTIONS:
+        if preemptions >= enough:
             low, found = middle, Pool(middle, size, preemptions)
         else:
             high = middle - 1
@@ -222,7 +234,8 @@ def _card_note(config: EngineConfig) -> str:
 
 def _kernels_line(engine: Engine) -> str:
     described = engine.executor.describe()["kernels"]
-    return described if isinstance(described, str) else ", ".join(map(str, described))
+    chosen = described if isinstance(described, str) else ", ".join(map(str, described))
+    return f"{chosen} (`{command_line('kernels')}` says why)"
 
 
 def serve(engine: Engine, guests: Sequence[Guest], console: Console) -> dict[str, str] | None:
@@ -233,7 +246,8 @@ def serve(engine: Engine, guests: Sequence[Guest], console: Console) -> dict[str
     with listening() as interrupt, following(engine, len(guests), console, plain=True) as progress:
         while engine.has_unfinished_requests():
             if interrupt.pressed:
-                return _abort(engine, texts)
+                _abort(engine, texts)
+                return None
             for output in engine.step():
                 texts[output.request_id] = output.outputs[0].text
                 finished += output.finished
@@ -249,7 +263,8 @@ def _ask(engine: Engine, guest: Guest, arrival: float) -> str:
     return engine.add_request({"prompt_token_ids": guest.prompt_token_ids}, sampling, arrival=arrival)
 
 
-def _abort(engine: Engine, names: Mapping[str, str]) -> None:
+def _abort(engine: Engine, names: Iterable[str]) -> None:
+    """End everything, and collect what is still in flight."""
     for name in names:
         engine.abort(name)
     while engine.has_unfinished_requests():
@@ -269,8 +284,7 @@ def _tell(choices: Choices, console: Console, answers: Sequence[Answer]) -> None
     _heading(console, 4, "Timeline")
     console.print(Timeline.of(run))
     _heading(console, 5, f"Metrics, {tables.measured_or_simulated(run)}")
-    console.print(tables.metrics_table(run))
-    console.print(tables.latency_table(run.metrics))
+    console.print(tables.metrics_and_latencies(run, console.width))
     _heading(console, 6, f"Why was {late[0]} late?")
     console.print(tables.why_text(run.why(late[0])))
     _heading(console, 7, "Replay")
@@ -381,5 +395,7 @@ def write_tour_report(choices: Choices, run: Run, answers: Sequence[Answer]) -> 
     from llmlab.ui.report import write_report
 
     path = choices.out / REPORT_FILE
-    write_report(run, path, texts={a.request: a.text for a in answers}, why=lateness(run)[:3])
+    write_report(run, path, texts={a.request: a.text for a in answers}, why=run.why(lateness(run)[0]).sentences,
+                 prompts={a.request: a.problem.prompt for a in answers},
+                 verdicts={a.request: a.right for a in answers})  # fmt: skip
     return path

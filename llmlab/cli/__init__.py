@@ -6,11 +6,17 @@ LabError, Ctrl-C with 130. Nothing heavy is imported before a command needs it, 
 
 from __future__ import annotations
 
+import io
+import sys
+
 
 def main() -> None:
     """The entry point of the `llmlab` script."""
     from llmlab.cli.app import app
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?", it ends no command
     app(prog_name="llmlab")
 
 

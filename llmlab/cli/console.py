@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -84,7 +84,3 @@ def shortened(text: str, width: int, keep: str = "start") -> str:
     if len(line) <= width:
         return line
     return line[: max(0, width - 1)] + "…" if keep == "start" else "…" + line[len(line) - max(0, width - 1) :]
-
-
-def as_text(values: Sequence[object]) -> str:
-    return ", ".join(str(v) for v in values)

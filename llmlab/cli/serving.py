@@ -58,6 +58,14 @@ class Output(NamedTuple):
     report: Path | None
 
 
+class Served(NamedTuple):
+    """What was asked and what came, by request id. `whole`: Ctrl-C did not end it."""
+
+    prompts: dict[str, str]
+    texts: dict[str, str]
+    whole: bool
+
+
 def add_to(app: typer.Typer) -> None:
     app.command(epilog=EXAMPLES)(run)
 
@@ -124,16 +132,16 @@ def _serve(config: EngineConfig, jobs: Callable[[Engine], list[Job]], output: Ou
     with working(f"Loading {config.model}"):
         engine = Engine(config)
     with engine:
-        finished = _drive(engine, jobs(engine), output)
+        served = _drive(engine, jobs(engine), output)
     if output.metrics:
         _print_metrics(_recorded(engine))
     if output.report is not None:
-        _write_report(_recorded(engine), output.report)
+        _write_report(_recorded(engine), served, output.report)
     stderr().print(_summary(engine.metrics.result()))
-    return finished
+    return served.whole
 
 
-def _drive(engine: Engine, jobs: Sequence[Job], output: Output) -> bool:
+def _drive(engine: Engine, jobs: Sequence[Job], output: Output) -> Served:
     from llmlab.cli.answers import Asked
     from llmlab.cli.console import listening
     from llmlab.cli.progress import following
@@ -146,12 +154,13 @@ def _drive(engine: Engine, jobs: Sequence[Job], output: Output) -> bool:
     answers = None if output.metrics else _answers(asked, output, held or sys.stdout)
     bar = nullcontext(None) if on_screen and output.stream else following(engine, len(ids))
     with listening() as interrupt, bar as progress:
-        finished = _loop(engine, ids, answers, progress, lambda: interrupt.pressed)
+        texts: dict[str, str] = {}
+        whole = _loop(engine, ids, texts, answers, progress, lambda: interrupt.pressed)
     if answers is not None:
         answers.close()
     if held is not None:
         sys.stdout.write(held.getvalue())
-    return finished
+    return Served({a.id: a.title for a in asked}, texts, whole)
 
 
 def queue(engine: Engine, jobs: Sequence[Job]) -> list[str]:
@@ -159,7 +168,10 @@ def queue(engine: Engine, jobs: Sequence[Job]) -> list[str]:
     from llmlab.types import LabError, RequestError
 
     now = engine.clock.now()
-    ids = []
+    ids: list[str] = []
+    if engine.config.executor == "sim" and any(job.title for job in jobs):
+        raise RequestError("executor", "sim", "a simulation reads no text, it has no tokenizer",
+                           "Draw a workload with --requests N, or give prompt_token_ids in a .jsonl file.")  # fmt: skip
     for job in jobs:
         try:
             ids.append(engine.add_request(job.prompt, job.sampling, arrival=now + (job.arrival or 0.0), metadata=job.metadata))
@@ -168,8 +180,8 @@ def queue(engine: Engine, jobs: Sequence[Job]) -> list[str]:
     return ids
 
 
-def _loop(engine: Engine, ids: Sequence[str], answers: Answers | None, progress: RunProgress | None,
-          interrupted: Callable[[], bool]) -> bool:  # fmt: skip
+def _loop(engine: Engine, ids: Sequence[str], texts: dict[str, str], answers: Answers | None,
+          progress: RunProgress | None, interrupted: Callable[[], bool]) -> bool:  # fmt: skip
     """Step to the end, or until Ctrl-C: then everything is aborted and the steps in flight are collected."""
     done, aborted = 0, False
     while engine.has_unfinished_requests():
@@ -179,6 +191,7 @@ def _loop(engine: Engine, ids: Sequence[str], answers: Answers | None, progress:
                 engine.abort(name)
         for output in engine.step():
             done += output.finished
+            texts[output.request_id] = output.outputs[0].text
             if answers is not None:
                 answers.update(output)
         if progress is not None:
@@ -205,20 +218,19 @@ def _recorded(engine: Engine) -> Run:
 
 def _print_metrics(run: Run) -> None:
     from llmlab.cli.console import stdout
-    from llmlab.cli.tables import latency_table, measured_or_simulated, metrics_table
+    from llmlab.cli.tables import measured_or_simulated, metrics_and_latencies
 
     console = stdout()
     console.print(f"[bold]Metrics[/bold], {measured_or_simulated(run)}")
-    console.print(metrics_table(run))
-    console.print(latency_table(run.metrics))
+    console.print(metrics_and_latencies(run, console.width))
 
 
-def _write_report(run: Run, path: Path) -> None:
+def _write_report(run: Run, served: Served, path: Path) -> None:
     from llmlab.cli.console import stderr, working
     from llmlab.ui.report import write_report
 
     with working("Writing the report"):
-        write_report(run, path)
+        write_report(run, path, texts=served.texts, prompts=served.prompts)
     stderr().print(f"Report: {path}")
 
 

@@ -12,12 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from llmlab.cli.timeline import MARKS
-from llmlab.events.why import TITLES, seconds
+from llmlab.events.why import TITLES, count, seconds
 
 if TYPE_CHECKING:
     from llmlab.events.metrics import RunMetrics, Summary
     from llmlab.events.trace import Run
     from llmlab.events.why import Stretch, Why
+
+
+SIDE_BY_SIDE = 136  # columns that two tables need
 
 
 class Fact(NamedTuple):
@@ -65,10 +68,6 @@ def metric_facts(m: RunMetrics, num_blocks: int) -> list[Fact]:
     return facts
 
 
-def metrics_table(run: Run) -> Table:
-    return facts_table(metric_facts(run.metrics, int(run.started.config.get("num_blocks") or 0)))
-
-
 LATENCIES = (
     ("ttft", "TTFT", "to the first token"),
     ("tpot", "TPOT", "per token after it"),
@@ -93,12 +92,23 @@ def _percentiles(s: Summary) -> list[str]:
     return ["-" if value is None else seconds(value) for value in (s.mean, s.p50, s.p90, s.p99, s.max)]
 
 
+def metrics_and_latencies(run: Run, width: int) -> RenderableType:
+    """All metrics of a run; side by side where `width` columns allow it."""
+    facts = facts_table(metric_facts(run.metrics, int(run.started.config.get("num_blocks") or 0)))
+    latencies = latency_table(run.metrics)
+    if width < SIDE_BY_SIDE:
+        return Group(facts, "", latencies)
+    grid = Table.grid(padding=(0, 4, 0, 0))
+    grid.add_row(facts, latencies)
+    return grid
+
+
 def measured_or_simulated(run: Run) -> str:
     """What kind of time a run's numbers are, as a phrase."""
     hardware = run.started.hardware
     if run.mode == "simulated":
         return f"simulated on {hardware.get('name', '?')}, nothing was measured"
-    threads = f", {hardware['threads']} threads" if "threads" in hardware else ""
+    threads = f", {count(hardware['threads'], 'thread')}" if "threads" in hardware else ""
     return f"measured on this machine ({hardware.get('device', '?')}{threads})"
 
 

@@ -109,8 +109,7 @@ def _print_info(run: Run, path: Path, timeline: bool) -> None:
     console = stdout()
     console.print(tables.facts_table(tables.run_facts(run), f"{path}: {len(run.log_events):,} events"))
     console.print(f"\n[bold]Metrics[/bold], {tables.measured_or_simulated(run)}")
-    console.print(tables.metrics_table(run))
-    console.print(tables.latency_table(run.metrics))
+    console.print(tables.metrics_and_latencies(run, console.width))
     console.print("\n[bold]Events[/bold]")
     console.print(tables.event_table(run))
     slowest = _slowest(run, 24)
@@ -150,7 +149,7 @@ def replay(trace: TraceFile, *, engine: dict[str, Any]) -> None:
         changed = ", ".join(f"{name}={value}" for name, value in engine.items())
         with working("Replaying"):
             divergence = first_divergence(run, **engine)
-        console.print(f"With {changed}: " + ("the same would have been decided, to the end." if divergence is None else ""), markup=False)
+        console.print(f"With {changed}:{' the same would have been decided, to the end.' if divergence is None else ''}", markup=False)
         _print_divergence(divergence)
         return
     with working("Replaying"):
