@@ -10,7 +10,8 @@ alignment of a row or the number of threads changes. So probabilities become int
 are exact in any order. What is left is exact (max, comparisons, sorts, IEEE + - * /) or, for `exp` alone,
 one rounding per element; a test holds `exp` to it. Ties are ordered by token id, never by a sort's whim.
 
-On the CPU, numpy's argmax, partition and sort are 5 to 10 times as fast as torch's; they see the same memory.
+On the CPU, numpy's argmax, partition and sort take a tenth, a quarter and a twentieth of torch's time (one
+thread of an AVX-512 machine, 32 x 8192); they read the same memory.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from torch import Tensor
 from llmlab import rng
 from llmlab.types import RequestError, SamplingParams, TokenLogprobs
 
-# Most draws fall into the most likely tokens, so only these are sorted; the rest only when a draw needs it.
-HEAD = 128
+# Most draws fall into the most likely tokens, so only these are sorted; more, then all, when a draw needs them.
+HEADS = (128, 2048)
 # Elements of logits that `prompt_logprobs` looks at together: bounds its scratch memory to some 100 MB.
 CHUNK = 1 << 22
 
@@ -218,30 +219,38 @@ def _update(logits: Tensor, cells: np.ndarray, operand: np.ndarray, op: Callable
 class _Controls(NamedTuple):
     """Per row [m, 1] float64; top_k <= 0 and top_p = 1 switch the filter off; u in [0, 1) is the draw."""
 
-    temperature: Tensor
-    min_p: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    u: Tensor
+    temperature: np.ndarray
+    min_p: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    u: np.ndarray
 
 
-def _controls(rows: list[SampleRow], device: torch.device) -> Tensor:
-    """[m, 5]: the columns of `_Controls`, sent to the device in one copy."""
-    return torch.tensor([(row.sampling.temperature, row.sampling.min_p, row.sampling.top_k, row.sampling.top_p,
-                          rng.uniform(row.seed, row.request, row.position))
-                         for row in rows], dtype=torch.float64).to(device)
+class _Ranked(NamedTuple):
+    """The largest logits of each row by (logit descending, id): all [m, width], in host memory.
+
+    Of tokens tied with the last, some may be missing: `known` marks those whose rank is certain.
+    """
+
+    ids: np.ndarray
+    values: np.ndarray
+    known: np.ndarray
 
 
 def _draw(logits: Tensor, rows: list[SampleRow]) -> list[int]:
     """Tokens [m] by inverse CDF over the filtered distribution, most likely token first."""
-    table = _controls(rows, logits.device)
-    weights = _weights(logits, table[:, :1], table[:, 1:2] if any(row.sampling.min_p for row in rows) else None)
-    tokens = _invert(logits, weights, table, HEAD)
-    rest = [i for i, token in enumerate(tokens) if token < 0]
-    if rest:
-        for i, token in zip(rest, _invert(logits[rest], weights[rest], table[rest], logits.shape[1])):
-            tokens[i] = token
-    return tokens
+    table = np.array([(row.sampling.temperature, row.sampling.min_p, row.sampling.top_k, row.sampling.top_p,
+                       rng.uniform(row.seed, row.request, row.position)) for row in rows])
+    weights = _weights(logits, table[:, :1], table[:, 1:2])
+    total, tokens = weights.sum(1, keepdim=True).cpu().numpy(), np.full(len(rows), -1)
+    for width in (*HEADS, logits.shape[1]):
+        if len(rest := np.flatnonzero(tokens < 0)) == 0:
+            break
+        at = slice(None) if len(rest) == len(rows) else torch.from_numpy(rest).to(logits.device)
+        ranked = _ranked(logits[at], width)
+        part = weights[at].gather(1, torch.from_numpy(ranked.ids).to(logits.device)).cpu().numpy()
+        tokens[rest] = _invert(_Controls(*np.split(table[rest], 5, axis=1)), ranked, part, total[rest])
+    return tokens.tolist()
 
 
 def _scale_bits(vocab: int) -> int:
@@ -249,53 +258,50 @@ def _scale_bits(vocab: int) -> int:
     return 62 - vocab.bit_length()
 
 
-def _weights(logits: Tensor, temperature: Tensor, min_p: Tensor | None = None) -> Tensor:
+def _weights(logits: Tensor, temperature: np.ndarray, min_p: np.ndarray) -> Tensor:
     """Probabilities up to a factor, [m, vocab] int64: floor(2**bits * exp((logit - max) / temperature)).
 
     Zero where the ratio to the most likely token is below `min_p` [m, 1], or too small to count: 2**-43
     in the largest vocabularies. `temperature` [m, 1] is kept within what a float32 can divide by.
     """
-    limits = torch.finfo(torch.float32)
-    ratios = logits - logits.amax(-1, keepdim=True)
-    ratios = ratios.div_(temperature.clamp(limits.tiny, limits.max).float()).exp_()
-    if min_p is not None:
-        ratios.mul_(ratios >= min_p)
+    limits = np.finfo(np.float32)
+    divisor = torch.from_numpy(temperature.clip(limits.tiny, limits.max).astype(np.float32)).to(logits.device)
+    ratios = (logits - logits.amax(-1, keepdim=True)).div_(divisor).exp_()
+    if min_p.any():
+        ratios.mul_(ratios >= torch.from_numpy(min_p).to(logits.device))
     return ratios.mul_(2.0 ** _scale_bits(logits.shape[1])).long()
 
 
-def _invert(logits: Tensor, weights: Tensor, table: Tensor, width: int) -> list[int]:
-    """The drawn token of each row, from its `width` largest logits; -1 where they do not decide it.
+def _invert(c: _Controls, ranked: _Ranked, weights: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """The drawn tokens [m], from the `weights` of the ranked ones and the `total` [m, 1] of all;
+    -1 where the ranked ones do not decide it.
 
-        weight |####                 ids ordered by (logit descending, id): every filter keeps a prefix
+        weight |####                 in this order every filter keeps a prefix
                |########             r = u * (weight kept)
                |####|############    the token is the first whose weight up to and including it exceeds r
     """
-    c = _Controls(*table.T.unsqueeze(-1).unbind())
-    ids = _ordered(logits, width)
-    values, part = logits.gather(1, ids), weights.gather(1, ids)
-    # Tokens tied with the last one may have been cut off, so the order is known only above its value.
-    known = values > values[:, -1:] if width < logits.shape[1] else torch.ones_like(values, dtype=torch.bool)
-    upto, total = part.cumsum(1), weights.sum(1, keepdim=True)
-    kept, decided = _kept(c, values, part, upto, known, total)
-    r = torch.minimum((c.u * kept).long(), kept - 1)
-    decided &= r < (part * known).sum(1, keepdim=True)
-    token = ids.gather(1, (upto <= r).sum(1, keepdim=True).clamp(max=ids.shape[1] - 1))
-    return torch.where(decided, token, -1).flatten().tolist()
+    upto = weights.cumsum(1)
+    reach = (weights * ranked.known).sum(1, keepdims=True)
+    kept, decided = _kept(c, ranked, weights, upto - weights, total, reach)
+    r = np.minimum((c.u * kept).astype(np.int64), kept - 1)
+    place = np.minimum((upto <= r).sum(1), weights.shape[1] - 1)
+    return np.where((decided & (r < reach))[:, 0], ranked.ids[np.arange(len(place)), place], -1)
 
 
-def _kept(c: _Controls, values: Tensor, part: Tensor, upto: Tensor, known: Tensor,
-          total: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight [m, 1] that top_k and then top_p keep, and whether the `known` tokens suffice to tell."""
-    last = (c.top_k.clamp(1, values.shape[1]) - 1).long()
-    some_k = c.top_k > 0
-    in_k = (values >= values.gather(1, last)) | ~some_k  # as in vLLM, ties with the k-th stay
-    mass = torch.where(some_k, (part * in_k).sum(1, keepdim=True), total)
-    told = ~some_k | ((c.top_k <= last + 1) & known.gather(1, last)) | known.all(1, keepdim=True)
-    some_p = c.top_p < 1
-    limit = c.top_p * mass
-    nucleus = (part * in_k * (upto - part < limit)).sum(1, keepdim=True)
-    told &= ~some_p | (limit <= (part * known).sum(1, keepdim=True))
-    return torch.where(some_p, nucleus, mass), told
+def _kept(c: _Controls, ranked: _Ranked, weights: np.ndarray, before: np.ndarray, total: np.ndarray,
+          reach: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The weight [m, 1] that top_k and then top_p keep, and whether the ranked tokens suffice to tell."""
+    mass, told = total, np.ones_like(total, dtype=bool)
+    if (some := c.top_k > 0).any():
+        row, last = np.arange(len(total))[:, None], (c.top_k.clip(1, weights.shape[1]) - 1).astype(np.int64)
+        inside = ranked.values >= ranked.values[row, last]  # as in vLLM, ties with the k-th stay
+        mass = np.where(some, (weights * inside).sum(1, keepdims=True), total)
+        told = ~some | ranked.known[row, last]
+    if (some := c.top_p < 1).any():
+        limit = c.top_p * mass
+        told &= ~some | (limit <= reach)
+        mass = np.where(some, (weights * (before < limit)).sum(1, keepdims=True), mass)
+    return mass, told
 
 
 # ------------------------------------------------------------------------------- log-probabilities
@@ -316,32 +322,26 @@ def _logprobs(logits: Tensor, tokens: list[int], counts: list[int]) -> list[Toke
     Ranks start at 1 and count in the order of the list: by probability, then by id.
     """
     vocab = logits.shape[1]
-    one = torch.ones((1, 1), dtype=torch.float64, device=logits.device)
-    total = _weights(logits, one).sum(1, keepdim=True).double()
+    total = _weights(logits, np.ones((1, 1)), np.zeros((1, 1))).sum(1, keepdim=True).double()
     log_z = logits.amax(1, keepdim=True).double() + total.log() - _scale_bits(vocab) * math.log(2.0)
     chosen = torch.tensor(tokens, device=logits.device).unsqueeze(1)
     value = logits.gather(1, chosen)
     earlier = (logits == value) & (torch.arange(vocab, device=logits.device) < chosen)
     ranks = (1 + ((logits > value) | earlier).sum(1)).tolist()
     logprobs = (value.double() - log_z).flatten().tolist()
-    ids = _leading(logits, min(max(counts), vocab))
-    tops = (logits.gather(1, ids).double() - log_z).tolist()
-    return [TokenLogprobs(logprob, rank, tuple(zip(top_ids[:n], top[:n])))
-            for logprob, rank, top_ids, top, n in zip(logprobs, ranks, ids.tolist(), tops, counts)]
+    best = _leading(logits, min(max(counts), vocab))
+    tops = (best.values - log_z.cpu().numpy()).tolist()
+    return [TokenLogprobs(logprob, rank, tuple(zip(ids[:n], top[:n])))
+            for logprob, rank, ids, top, n in zip(logprobs, ranks, best.ids.tolist(), tops, counts)]
 
 
-def _leading(logits: Tensor, k: int) -> Tensor:
-    """The ids [m, k] of the k largest logits by (logit descending, id), ties at the edge resolved too."""
-    if k == 0:
-        return torch.empty((len(logits), 0), dtype=torch.int64, device=logits.device)
-    ids = _ordered(logits, k + 1)
-    edge = logits.gather(1, ids)[:, k - 1 : k + 1]
-    if k < logits.shape[1] and bool((edge[:, 0] == edge[:, 1]).any()):
-        ids = _ordered(logits, logits.shape[1])
-    return ids[:, :k]
+def _leading(logits: Tensor, k: int) -> _Ranked:
+    """At least the k largest logits by (logit descending, id); nothing is missing among the first k."""
+    ranked = _ranked(logits, k + 1)
+    return ranked if k == 0 or ranked.known[:, k - 1].all() else _ranked(logits, logits.shape[1])
 
 
-# ----------------------------------------------------------- argmax, partition, sort: exact on any device
+# ------------------------------------------------------------------- argmax and ranking: exact on any device
 def _argmax(logits: Tensor) -> list[int]:
     """The lowest id of the largest logit per row; -1 where that is not finite, as with any NaN in the row."""
     if logits.shape[1] == 0:
@@ -355,24 +355,35 @@ def _argmax(logits: Tensor) -> list[int]:
     return best.tolist()  # type: ignore[no-any-return]
 
 
-def _ordered(logits: Tensor, width: int) -> Tensor:
-    """The ids [m, width] of the largest logits, by (logit descending, id); of ties at the edge, any."""
-    if width >= logits.shape[1]:
-        ids = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape)
+def _ranked(logits: Tensor, width: int) -> _Ranked:
+    """At least the `width` largest logits of each row, in order."""
+    vocab = logits.shape[1]
+    if width > vocab // 8:  # to sort all costs no more than to find which
+        values = logits.cpu().numpy()
+        ids = np.broadcast_to(np.arange(vocab), values.shape)
     elif _numpy_reads(logits):
-        ids = torch.from_numpy(np.argpartition(logits.numpy(), -width, axis=-1)[:, -width:])
+        ids = np.argpartition(logits.numpy(), -width, axis=-1)[:, -width:]
+        values = logits.numpy()[np.arange(len(ids))[:, None], ids]
     else:
-        ids = logits.topk(width, sorted=False).indices
-    keys = _keys(logits.gather(1, ids), ids)
-    keys = torch.from_numpy(np.sort(keys.numpy())) if _numpy_reads(keys) else keys.sort(-1).values
-    return keys & 0xFFFFFFFF
+        values, ids = (part.cpu().numpy() for part in logits.topk(width, sorted=False))
+    ids, values = _sorted(values, ids)
+    return _Ranked(ids, values, (values > values[:, -1:]) | (ids.shape[1] == vocab))
 
 
-def _keys(values: Tensor, ids: Tensor) -> Tensor:
-    """Distinct int64 that sort by (value descending, id ascending). A float32's bits, read as an integer,
-    grow with its magnitude: flip those of negative numbers, negate, and put the id below."""
-    raw = (values + 0.0).view(torch.int32).long()  # + 0.0: -0.0 and 0.0 tie, so give them the same bits
-    return (~(raw ^ ((raw >> 31) & 0x7FFFFFFF)) << 32) | ids
+def _sorted(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and values [m, width] by (value descending, id ascending), with -0.0 as 0.0.
+
+    One sort of distinct int64: above the value, below the id. The bits of a positive float32 grow with it
+    when read as an integer, those of a negative one shrink: so its lower 31 are flipped, there and back.
+    """
+    bits = (values + np.float32(0.0)).view(np.int32)  # -0.0 + 0.0 is 0.0: equal values need equal bits
+    keys = np.sort((~_flipped(bits)).astype(np.int64) << 32 | ids)
+    return keys & 0xFFFFFFFF, _flipped((~(keys >> 32)).astype(np.int32)).view(np.float32)
+
+
+def _flipped(bits: np.ndarray) -> np.ndarray:
+    flipped: np.ndarray = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return flipped
 
 
 def _numpy_reads(tensor: Tensor) -> bool:

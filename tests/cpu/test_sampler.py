@@ -210,13 +210,13 @@ def test_other_devices_take_the_same_tokens(scale: float, monkeypatch: pytest.Mo
 
 
 def test_the_head_decides_as_the_whole_row_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = (normal(200, 400, scale=2.0) * 4).round() / 4
+    logits = (normal(200, 400, scale=2.0) * 4).round() / 4  # with ties
     params = [SamplingParams(), SamplingParams(top_p=0.7), SamplingParams(top_k=30), SamplingParams(min_p=0.02),
               SamplingParams(top_k=30, top_p=0.5)]
     rows = [row(params[i % 5], i) for i in range(200)]
     found = []
-    for head in (1, 2, 16, 31, 128, 1000):
-        monkeypatch.setattr(sampler, "HEAD", head)
+    for heads in ((), (1,), (2, 5), (16, 31), (48,), (128, 2048)):
+        monkeypatch.setattr(sampler, "HEADS", heads)
         found.append(tokens(sample(logits, rows)))
     assert all(other == found[0] for other in found)
 
