@@ -20,6 +20,14 @@ class Recipe(msgspec.Struct, frozen=True):
     share: float
 
 
+class Phase(msgspec.Struct, frozen=True):
+    """A stretch of training: pools of 4,096 documents, tokens per step (padding included), and the mixture."""
+
+    pools: int
+    batch_tokens: int
+    mixture: list[Recipe]
+
+
 class Gate(msgspec.Struct, frozen=True):
     """One measured accuracy on held-out problems.
 
@@ -68,7 +76,7 @@ class Card(msgspec.Struct, frozen=True):
     loss: float
     machine: str
     recipe: str
-    mixture: list[Recipe]
+    phases: list[Phase]
     sha256: dict[str, str]
     finished: bool
     gates: list[Gate] = []
@@ -132,7 +140,8 @@ def _gate_row(gate: Gate) -> dict[str, str]:
 def readme(card: Card) -> str:
     """The card as a Markdown page."""
     shape = ", ".join(f"{key} {value}" for key, value in card.shape.items())
-    mixture = "\n".join(f"| {r.suite} | {r.k} | {r.style or ''} | {r.share:.3f} |" for r in card.mixture)
+    mixture = "\n".join(f"| {i} | {phase.pools} | {phase.batch_tokens:,} | {r.suite} | {r.k} | {r.style or ''} | {r.share:.3f} |"
+                        for i, phase in enumerate(card.phases, 1) for r in phase.mixture)
     gates = "\n".join(f"| {' | '.join(_gate_row(g).values())} |" for g in card.gates)
     state = "The learning rate had come down to its end." if card.finished else \
         "Exported before the learning rate had come down: a later export will be better."
@@ -156,7 +165,7 @@ Held out by hash (`sha1(problem) % 10 == 0`); the interval is Wilson's, 95 %.
 
 ## Training documents
 
-| suite | k | style | share of documents |
-|---|---|---|---|
+| phase | pools of 4,096 documents | tokens per step | suite | k | style | share of documents |
+|---|---|---|---|---|---|---|
 {mixture}
 """

@@ -28,14 +28,29 @@ class Recipe:
     share: float
 
 
-MIXTURE = (
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of training: the mixture, and the tokens (padding included) of one batch."""
+
+    mixture: tuple[Recipe, ...]
+    batch_tokens: int
+
+
+BROAD = Phase((
     Recipe("arith", 1, "fast", 0.10), Recipe("arith", 2, "fast", 0.05),
     Recipe("arith", 1, "slow", 0.20), Recipe("arith", 2, "slow", 0.20), Recipe("arith", 3, "slow", 0.08),
     Recipe("arith", 1, "think", 0.05), Recipe("arith", 2, "think", 0.08), Recipe("arith", 3, "think", 0.03),
     Recipe("chat", 1, None, 0.10), Recipe("chat", 1, "word", 0.03), Recipe("chat", 2, None, 0.04),
-    Recipe("doc", 1, None, 0.035), Recipe("doc", 2, None, 0.005),
-)
-"""The mixture of the first release: mostly arithmetic, with chat and records."""
+    Recipe("doc", 1, None, 0.035), Recipe("doc", 2, None, 0.005)), batch_tokens=4096)
+"""Everything: until chat and records are learned, which takes few tokens."""
+
+FOCUS = Phase((
+    Recipe("arith", 1, "fast", 0.06), Recipe("arith", 2, "fast", 0.03),
+    Recipe("arith", 1, "slow", 0.27), Recipe("arith", 2, "slow", 0.31), Recipe("arith", 3, "slow", 0.08),
+    Recipe("arith", 1, "think", 0.04), Recipe("arith", 2, "think", 0.10), Recipe("arith", 3, "think", 0.02),
+    Recipe("chat", 1, None, 0.04), Recipe("chat", 1, "word", 0.02), Recipe("chat", 2, None, 0.015),
+    Recipe("doc", 1, None, 0.012), Recipe("doc", 2, None, 0.003)), batch_tokens=2048)
+"""Mostly arithmetic, which takes many tokens, in smaller steps; enough of the rest to keep it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +75,33 @@ class Batch:
 
 
 class Source:
-    """Documents drawn from a mixture, in pools; a pool is sorted by length and cut into batches."""
+    """Documents drawn from a mixture, in pools; a pool is sorted by length and cut into batches.
 
-    def __init__(self, tokenizer: Tokenizer, seed: int, mixture: Sequence[Recipe] = MIXTURE,
-                 batch_tokens: int = 4096, pool_rows: int = 4096) -> None:
-        self.tokenizer, self.seed, self.mixture = tokenizer, seed, mixture
-        self.batch_tokens, self.pool_rows = batch_tokens, pool_rows
+    Pools before number ``focus_from`` are of the broad phase, the others of the focus phase.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seed: int, focus_from: int = 0, pool_rows: int = 4096) -> None:
+        self.tokenizer, self.seed, self.focus_from, self.pool_rows = tokenizer, seed, focus_from, pool_rows
+
+    def phase(self, index: int) -> Phase:
+        """The phase to which pool ``index`` belongs."""
+        return FOCUS if index >= self.focus_from else BROAD
 
     def pool(self, index: int) -> list[Batch]:
         """The batches of pool ``index``, in random order. Rows that fill no batch are left out."""
-        rng = random.Random(f"{self.seed}/{index}")
-        shares = [r.share for r in self.mixture]
-        recipes = rng.choices(self.mixture, shares, k=self.pool_rows)
+        rng, phase = random.Random(f"{self.seed}/{index}"), self.phase(index)
+        recipes = rng.choices(phase.mixture, [r.share for r in phase.mixture], k=self.pool_rows)
         rows = encode(self.tokenizer, [demonstrate(r, rng) for r in recipes])
-        batches = [b for length, members in _by_length(rows).items() for b in self._cut(length, members)]
+        groups = _by_length(rows).items()
+        batches = [b for length, members in groups for b in _cut(members, length, phase.batch_tokens)]
         rng.shuffle(batches)
         return batches
 
-    def _cut(self, length: int, rows: list[Row]) -> Iterator[Batch]:
-        height = max(self.batch_tokens // length, 1)
-        for start in range(0, len(rows) - height + 1, height):
-            yield _stack(rows[start:start + height], length)
+
+def _cut(rows: list[Row], length: int, batch_tokens: int) -> Iterator[Batch]:
+    height = max(batch_tokens // length, 1)
+    for start in range(0, len(rows) - height + 1, height):
+        yield _stack(rows[start:start + height], length)
 
 
 def demonstrate(recipe: Recipe, rng: random.Random) -> Demonstration:

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmlab.training import lab_tokenizer
-from llmlab.training.cards import Card, Recipe, save_card
-from llmlab.training.data import MIXTURE
+from llmlab.training.cards import Card, Phase, Recipe, save_card
+from llmlab.training.data import BROAD, FOCUS
 from llmlab.training.net import Shape, shape_of, to_llama
 from llmlab.training.pretrain import Plan, Progress, Training
 
@@ -62,7 +62,7 @@ def _card(plan: Plan, done: Progress, shape: Shape, log: dict[str, float], machi
                "kv_heads": shape.num_kv_heads, "feed_forward": shape.intermediate_size, "vocabulary": shape.vocab_size},
         seed=plan.seed, steps=done.step, tokens=done.tokens, learned_tokens=done.learned_tokens,
         minutes=round(log["seconds"] / 60, 1), loss=log["loss"], machine=machine, recipe=_recipe(plan),
-        mixture=[Recipe(r.suite, r.k, r.style, r.share) for r in MIXTURE],
+        phases=_phases(plan, done),
         sha256={name: _sha256(directory / name) for name in ("model.safetensors", "tokenizer.json")},
         finished=log["rate"] <= 1.5 * final_rate)
 
@@ -70,8 +70,16 @@ def _card(plan: Plan, done: Progress, shape: Shape, log: dict[str, float], machi
 def _recipe(plan: Plan) -> str:
     return (f"AdamW (0.9, 0.95), weight decay {plan.weight_decay}, learning rate {plan.learning_rate} with "
             f"{plan.warmup_steps} steps of warm-up and a linear fall to {plan.final_rate_share:.0%}, clip {plan.clip}, "
-            f"{plan.batch_tokens} tokens per step, bfloat16 compute with float32 masters, loss on completions only, "
+            "bfloat16 compute with float32 masters, loss on completions only, "
             f"one document per row; the weights are a running average (decay {plan.average_decay}).")
+
+
+def _phases(plan: Plan, done: Progress) -> list[Phase]:
+    """The phases that the run has gone through, with the number of pools (of 4,096 documents) of each."""
+    broad = min(plan.focus_from_pool, done.pool)
+    parts = ((broad, BROAD), (done.pool - broad, FOCUS))
+    return [Phase(pools, phase.batch_tokens, [Recipe(r.suite, r.k, r.style, r.share) for r in phase.mixture])
+            for pools, phase in parts if pools > 0]
 
 
 def _sha256(path: Path) -> str:

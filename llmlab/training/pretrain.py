@@ -27,6 +27,7 @@ from llmlab.training.lab_tokenizer import build
 from llmlab.training.net import LabLlama, shape_of
 
 LEARNING_RATES = {"lab-xs": 3e-3, "lab-s": 2e-3, "lab-m": 1.2e-3}
+FOCUS_FROM_POOL = {"lab-xs": 22, "lab-s": 19, "lab-m": 19}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Plan:
     weight_decay: float = 0.05
     clip: float = 1.0
     average_decay: float = 0.999
-    batch_tokens: int = 4096
+    focus_from_pool: int = 18
 
 
 @dataclass(slots=True)
@@ -161,7 +162,7 @@ def batches(source: Source, progress: Progress) -> Iterator[Batch]:
 def train(training: Training, directory: Path, save_every: float = 60.0) -> None:
     """Train until the budget is used up, saving and logging now and then."""
     plan, progress = training.plan, training.progress
-    source = Source(build(), plan.seed, batch_tokens=plan.batch_tokens)
+    source = Source(build(), plan.seed, plan.focus_from_pool)
     recent: list[Tensor] = []
     saved = time.time()
     for batch in batches(source, progress):
@@ -201,7 +202,8 @@ def main() -> None:
         parser.error("give a budget: --minutes, --tokens, or both")
     torch.set_num_threads(args.threads)
     directory = Path("build/training") / args.name
-    plan = Plan(args.name, args.minutes, args.tokens, args.seed, LEARNING_RATES[args.name])
+    plan = Plan(args.name, args.minutes, args.tokens, args.seed, LEARNING_RATES[args.name],
+                focus_from_pool=FOCUS_FROM_POOL[args.name])
     training = Training(plan, time.time())
     if (directory / "state.pt").exists():
         training.restore(directory)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmlab import tasks
 from llmlab.training import cards, export, lab_tokenizer
-from llmlab.training.data import MIXTURE, Source, demonstrate, encode
+from llmlab.training.data import BROAD, FOCUS, Source, demonstrate, encode
 from llmlab.training.gates import CELLS, Answerer, measure, problems
 from llmlab.training.net import SHAPES, LabLlama, Shape, from_llama, shape_of, to_llama
 from llmlab.training.pretrain import Plan, Training, batches
@@ -64,7 +64,7 @@ def test_the_built_tokenizer_is_the_shipped_one(tokenizer: Any) -> None:
 
 def test_bos_is_the_same_in_training_and_when_asked(tokenizer: Any, tiny_directory: Path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(tiny_directory)
-    for recipe in MIXTURE:
+    for recipe in BROAD.mixture + FOCUS.mixture:
         demo = demonstrate(recipe, random.Random(3))
         row = encode(tokenizer, [demo])[0]
         asked = theirs(demo.prompt).input_ids
@@ -128,7 +128,7 @@ def test_an_unknown_model_names_the_known_ones() -> None:
 # --- training ---
 
 def small_source(tokenizer: Any) -> Source:
-    return Source(tokenizer, seed=1, batch_tokens=1024, pool_rows=192)
+    return Source(tokenizer, seed=1, focus_from=2, pool_rows=384)
 
 
 def test_batches_follow_from_the_seed(tokenizer: Any) -> None:
@@ -136,6 +136,13 @@ def test_batches_follow_from_the_seed(tokenizer: Any) -> None:
     assert len(one) > 3
     assert all(torch.equal(a.ids, b.ids) and torch.equal(a.learn, b.learn) for a, b in zip(one, two, strict=True))
     assert not torch.equal(one[0].ids, small_source(tokenizer).pool(4)[0].ids)
+
+
+def test_a_batch_stays_within_its_phase(tokenizer: Any) -> None:
+    source = small_source(tokenizer)
+    assert (source.phase(1), source.phase(2)) == (BROAD, FOCUS)
+    assert all(b.ids.numel() <= BROAD.batch_tokens for b in source.pool(1))
+    assert all(b.ids.numel() <= FOCUS.batch_tokens for b in source.pool(2))
 
 
 def test_the_loss_falls(tokenizer: Any) -> None:
