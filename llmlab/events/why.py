@@ -15,7 +15,7 @@ from llmlab.events import catalog as ev
 from llmlab.types import TraceError
 
 if TYPE_CHECKING:
-    from llmlab.events.trace import Run
+    from llmlab.events.trace import Run, Step
 
 Kind = Literal["queued", "prompt", "decode", "preempted", "recompute"]
 TITLES: dict[Kind, str] = {
@@ -243,23 +243,27 @@ def _tell_decode(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
         guests = listed(list(dict.fromkeys(i.request for s in mixed for i in s.items if i.num_tokens > 1 and i.request != request)))
         yield (f"{len(mixed)} of them also computed prompts of {guests}: they took {seconds(_mean(mixed))} against "
                f"{seconds(_mean(pure))} without.")  # fmt: skip
-    skipped = _skipped(run, request, stretch, steps)
+    skipped = _skipped(run, request, stretch)
     if skipped:
         yield f"{count(skipped, 'step')} in between ran without it: the composer left it out."
 
 
-def _skipped(run: Run, request: str, stretch: Stretch, own: Sequence[object]) -> int:
-    during = [s for s in run.steps if stretch.start <= s.start and (s.end or stretch.end) <= stretch.end]
-    return sum(1 for s in during if all(i.request != request for i in s.items))
+def _skipped(run: Run, request: str, stretch: Stretch) -> int:
+    return sum(1 for s in _during(run, stretch) if all(i.request != request for i in s.items))
 
 
-def _steps_of(run: Run, request: str, stretch: Stretch):  # type: ignore[no-untyped-def]
-    return [s for s in run.steps if s.end is not None and stretch.start < s.end <= stretch.end
-            and any(i.request == request for i in s.items)]  # fmt: skip
+def _steps_of(run: Run, request: str, stretch: Stretch) -> list[Step]:
+    return [s for s in _during(run, stretch) if any(i.request == request for i in s.items)]
 
 
-def _mean(steps: Sequence[object]) -> float:
-    return sum(s.end - s.start for s in steps) / len(steps)  # type: ignore[attr-defined]
+def _during(run: Run, stretch: Stretch) -> list[Step]:
+    """Finished steps that were planned within the stretch. A step that ends a stretch is released just before it
+    is logged as finished, so its beginning is what tells where it belongs."""
+    return [s for s in run.steps if s.end is not None and stretch.start <= s.start < stretch.end]
+
+
+def _mean(steps: Sequence[Step]) -> float:
+    return sum((s.end or s.start) - s.start for s in steps) / len(steps)
 
 
 def _chain(run: Run, seq: int) -> list[ev.Event]:

@@ -79,7 +79,7 @@ class Policies(NamedTuple):
     stop_rule: StopRule
 
 
-class InFlight(NamedTuple):
+class InFlight(msgspec.Struct, frozen=True, gc=False):
     """An item that was submitted: whose it is, and in which life (`epoch`) of its owner."""
 
     seq: Sequence
@@ -199,10 +199,10 @@ class Scheduler:
         self.inflight[plan.step] = tuple(planned)
         self.next_step += 1
         for flight in planned:
-            seq = flight.seq
-            seq.num_computed_tokens = flight.item.tokens[1]
+            seq, item = flight.seq, flight.item
+            seq.num_computed_tokens = item.tokens[1]
             seq.inflight_step = plan.step
-            seq.num_pending += flight.item.emit == "sample"
+            seq.num_pending += item.emit == "sample"
             self._dirty[seq.request.number] = seq
 
     def _log_plan(self, plan: StepPlan, now: float) -> None:
@@ -391,19 +391,19 @@ class Scheduler:
         planned: dict[str, InFlight] = {}
         was_running = dict(self.running)
         for item in items:
-            seq = self.sequences[item.request]
-            if seq.id in was_running:
+            seq = was_running.get(item.request)
+            if seq is not None:
                 self._grow(view, seq, item, planned)
             else:
-                self._start(seq, item, planned)
+                self._start(self.sequences[item.request], item, planned)
         return list(planned.values())
 
     def _grow(self, view: EngineView, seq: Sequence, item: WorkItem, planned: dict[str, InFlight]) -> None:
         while seq.status is Status.RUNNING:
             got = self.memory.grow(seq, item.tokens[1], seq.cause)
             if isinstance(got, Reserved):
-                self._short.pop(seq.id, None)
-                planned[seq.id] = InFlight(seq, item, seq.epoch)
+                self._short.pop(item.request, None)
+                planned[item.request] = InFlight(seq, item, seq.epoch)
                 return
             if not self._make_room(view, seq, got, planned):
                 if seq.status is Status.RUNNING:
@@ -439,7 +439,7 @@ class Scheduler:
         decision = self.log.emit(
             ev.Decision, chosen.id, cause, seam=seam.name, policy=seam.policy_name, chosen=chosen.id,
             alternatives=(*options[1:], *self._considered.take()), predicted=options[0].predicted, num_candidates=len(candidates),
-            reason=f"{needy.id} needs a block; smallest score {_shown(scores[order[0]])}",
+            reason=f"{needy.id} needs a block; smallest score {_said(scores[order[0]])}",
         )  # fmt: skip
         return chosen, decision
 
@@ -537,7 +537,7 @@ class Scheduler:
         return self.log.emit(
             ev.Decision, seq.id, seq.cause, seam=seam.name, policy=seam.policy_name, chosen=seq.id,
             alternatives=tuple(ev.Alternative(s.id, _shown(s.key)) for s in rest[: self._num_alternatives]),
-            reason=f"smallest key {_shown(seq.key)}", num_candidates=len(self.waiting),
+            reason=f"smallest key {_said(seq.key)}", num_candidates=len(self.waiting),
         )  # fmt: skip
 
     # ---------------------------------------------------------------------------------- collecting
@@ -556,37 +556,37 @@ class Scheduler:
         return updates
 
     def _commit_item(self, flight: InFlight, result: ItemResult, plan: int) -> Update | None:
-        seq, item, epoch = flight
+        seq, item = flight.seq, flight.item
         seq.num_pending -= item.emit == "sample"
-        if seq.finished:
+        if seq.status is Status.FINISHED:
             return None
         self._dirty[seq.request.number] = seq
         seq.cause = plan if plan >= 0 else seq.cause
         if result.error is not None:
             self._finish(seq, "error", result.error)
             return Update(seq.id, (), result, "error")
-        if epoch == seq.epoch:
+        if flight.epoch == seq.epoch:
             self.memory.commit(seq, item.tokens[1])
         if item.emit != "sample":
             return Update(seq.id, (), result) if result.prompt_logprobs else None
         return self._append(seq, result, plan)
 
     def _append(self, seq: Sequence, result: ItemResult, plan: int) -> Update:
-        accepted, reason = self._until_stop(seq, self.policies.decoding.accept(seq.request, result).token_ids)
-        if not seq.num_output_tokens:
-            self.log.emit(ev.FirstToken, seq.id, plan)
+        policies, request, log = self.policies, seq.request, self.log
+        accepted = policies.decoding.accept(request, result).token_ids
+        num_outputs, reason = len(seq.token_ids) - seq.num_prompt_tokens, None
+        for index, token in enumerate(accepted, 1):
+            reason = policies.stop_rule.check(request, token, num_outputs + index)
+            if reason is not None:
+                accepted = accepted[:index]
+                break
+        if not num_outputs:
+            log.emit(ev.FirstToken, request.id, plan)
         seq.token_ids.extend(accepted)
-        self.log.emit(ev.TokensReleased, seq.id, plan, token_ids=accepted)
+        log.emit(ev.TokensReleased, request.id, plan, token_ids=accepted)
         if reason is not None:
             self._finish(seq, reason)
-        return Update(seq.id, accepted, result, reason)
-
-    def _until_stop(self, seq: Sequence, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:
-        for index, token in enumerate(token_ids):
-            reason = self.policies.stop_rule.check(seq.request, token, seq.num_output_tokens + index + 1)
-            if reason is not None:
-                return token_ids[: index + 1], reason
-        return token_ids, None
+        return Update(request.id, accepted, result, reason)
 
     def _log_finish(self, result: StepResult, plan: int, num_tokens: int) -> None:
         foldable = self.log.wants(ev.StepPlanned)
@@ -605,16 +605,18 @@ class Scheduler:
     # --------------------------------------------------------------------------- views and checks
     def settle_hash(self) -> int:
         """The state hash, brought up to date for the requests that changed since the last call."""
+        known, value = self._fingerprints, self.state_hash
         for number, seq in self._dirty.items():
-            new = request_fingerprint(number, seq.status, len(seq.token_ids),
-                                      0 if seq.finished else seq.num_computed_tokens, seq.token_ids[-1])  # fmt: skip
-            self.state_hash ^= self._fingerprints.get(number, 0) ^ new
-            if seq.finished:
-                self._fingerprints.pop(number, None)
-            else:
-                self._fingerprints[number] = new
+            finished, tokens = seq.status is Status.FINISHED, seq.token_ids
+            computed = 0 if finished else seq.num_computed_tokens
+            new = request_fingerprint(number, seq.status, len(tokens), computed, tokens[-1])
+            value ^= known.get(number, 0) ^ new
+            known[number] = new
+            if finished:
+                del known[number]
         self._dirty.clear()
-        return self.state_hash
+        self.state_hash = value
+        return value
 
     def problems(self) -> list[str]:
         """Contradictions anywhere in the core's state; empty means sound."""
@@ -630,10 +632,10 @@ class Scheduler:
         return found
 
     def _view(self, now: float) -> EngineView:
+        show = self._request_view
         return EngineView(
-            now, self.next_step, tuple(self._request_view(s) for s in self.waiting.head(self._view_cap)),
-            len(self.waiting), tuple(self._request_view(s) for s in self.running.values()), self._pool_view(),
-            self.limits, self._considered.consider,
+            now, self.next_step, tuple([show(seq) for seq in self.waiting.head(self._view_cap)]), len(self.waiting),
+            tuple([show(seq) for seq in self.running.values()]), self._pool_view(), self.limits, self._considered.consider,
         )  # fmt: skip
 
     def _pool_view(self) -> PoolView:
@@ -656,3 +658,9 @@ def _shown(key: tuple[object, ...]) -> float | str:
     if len(key) == 1 and isinstance(key[0], (int, float)):
         return float(key[0])
     return ", ".join(f"{part:g}" if isinstance(part, (int, float)) else str(part) for part in key)
+
+
+def _said(key: tuple[object, ...]) -> str:
+    """A key in a sentence."""
+    shown = _shown(key)
+    return f"{shown:.6g}" if isinstance(shown, float) else shown
