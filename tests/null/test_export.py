@@ -80,6 +80,11 @@ def test_merging_keeps_spans_of_different_requests_apart():
     assert merge_spans([]) == []
 
 
+def test_merging_does_not_bridge_a_gap():
+    work = [s for own in request_spans(simulate(tiering="swap")).values() for s in own if s.kind != "waiting"]
+    assert sum(s.seconds for s in merge_spans(work)) == pytest.approx(sum(s.seconds for s in work))
+
+
 @pytest.mark.parametrize("config", [{}, {"tiering": "swap"}, {"overlap_depth": 1}])
 def test_every_computed_token_is_in_exactly_one_span(config):
     run = simulate(**config)
