@@ -112,7 +112,7 @@ def build_scheduler(config: EngineConfig, cost: CostModel, limits: Limits, log: 
                     num_host_blocks: int) -> Scheduler:  # fmt: skip
     """A scheduler with its memory and policies; neither model nor executor is needed."""
     memory = KVManager(num_blocks, num_host_blocks, config.block_size, config.enable_prefix_caching, log,
-                       _eviction_chooser(config, log))  # fmt: skip
+                       eviction_chooser(config, log))  # fmt: skip
     return Scheduler(policies_of(config, log), memory, cost, log, limits, config.view_cap, config.num_alternatives)
 
 
@@ -158,7 +158,7 @@ def policies_of(config: EngineConfig, log: EventLog) -> Policies:
     )  # fmt: skip
 
 
-def _eviction_chooser(config: EngineConfig, log: EventLog) -> Any:
+def eviction_chooser(config: EngineConfig, log: EventLog) -> Any:
     """Index of the block to evict among the given views; logged with its alternatives at level 3."""
     seam: Seam[Eviction] = Seam("eviction", EVICTIONS.resolve(config.eviction), EVICTIONS.resolve("lru"), log,
                                 config.policy_timeout)  # fmt: skip

@@ -10,21 +10,21 @@ did, and each gets the tokens that it got (so lengths are the true ones).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from llmlab.assembly import Assembly, ModelFacts, policies_of
+from llmlab.assembly import Assembly, ModelFacts, eviction_chooser, policies_of
 from llmlab.config import SEAM_FIELDS, EngineConfig
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.events.metrics import MetricsFold
 from llmlab.events.replay import ReplayClock, compare, feed
 from llmlab.events.trace import Run
-from llmlab.execution.base import Done
 from llmlab.execution.cost import RooflineCost
-from llmlab.execution.sim_executor import PseudoTokens, SimExecutor
+from llmlab.execution.sim_executor import PseudoTokens, SimExecutor, SimTicket
 from llmlab.replaying import recorded_config, recorded_scheduler
 from llmlab.scheduling.scheduler import Scheduler
 from llmlab.types import Request, StepPlan, StepResult, TraceError, unknown_name
@@ -48,25 +48,44 @@ class RecordedTokens:
         return len(self._outputs.get(request, []))
 
 
-class OutsideEnds:
-    """Finishes that came from outside in the recorded run and lie in the fork's future: stop strings happen again
-    at the same token, aborts at the same time."""
+class Outside:
+    """What came from outside in the recorded run and lies in the fork's future: stop strings happen again at the same
+    token, aborts and refusals at the same time (between the same two steps, as long as nothing else has changed)."""
 
-    def __init__(self, events: Sequence[ev.Event], tokens: RecordedTokens) -> None:
-        ends = [e for e in events if isinstance(e, ev.FinishRequested) and e.request is not None]
-        self._at_token = {e.request: (tokens.length(e.request or ""), e) for e in ends if e.reason == "stop"}
-        self._at_time = sorted((e for e in ends if e.reason != "stop"), key=lambda e: (e.t, e.seq))
+    def __init__(self, run: Run, position: int, tokens: RecordedTokens) -> None:
+        self._at_token: dict[str, tuple[int, ev.FinishRequested]] = {}
+        self._at_time: deque[tuple[float, int, ev.FinishRequested | ev.RequestRefused]] = deque()
+        planned = 0
+        for index, event in enumerate(run.log_events):
+            if isinstance(event, ev.StepPlanned) and (event.items or event.moves):
+                planned = event.step + 1
+            elif index >= position and isinstance(event, ev.FinishRequested) and event.reason == "stop":
+                self._at_token[event.request or ""] = tokens.length(event.request or ""), event
+            elif index >= position and isinstance(event, (ev.FinishRequested, ev.RequestRefused)):
+                self._at_time.append((event.t, planned, event))
 
     def apply(self, engine: Engine) -> None:
-        now = engine.clock.now()
-        while self._at_time and self._at_time[0].t <= now:
-            event = self._at_time.pop(0)
-            engine.scheduler.finish(event.request or "", event.reason, event.detail)
+        now = engine.clock.now(), engine.scheduler.next_step
+        while self._at_time and self._at_time[0][:2] <= now:
+            event = self._at_time.popleft()[2]
+            if isinstance(event, ev.RequestRefused):
+                engine.log.emit(ev.RequestRefused, event.request, reason=event.reason)
+            else:
+                engine._admit_early(event.request or "")  # as `Engine.abort` does
+                engine.scheduler.finish(event.request or "", event.reason, event.detail)
         for name, (length, event) in list(self._at_token.items()):
-            seq = engine.scheduler.sequences.get(name or "")
+            seq = engine.scheduler.sequences.get(name)
             if seq is not None and seq.num_output_tokens >= length:
                 del self._at_token[name]
-                engine.scheduler.finish(seq.id, event.reason, event.detail)
+                engine.scheduler.finish(name, event.reason, event.detail)
+
+
+class ResumedExecutor(SimExecutor):
+    """A simulated executor that is busy until the steps in flight at the fork are done."""
+
+    def __init__(self, busy_until: float, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._busy_until = busy_until
 
 
 def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes: Any) -> list[ev.Event]:
@@ -78,6 +97,10 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     for name in changes:
         if name not in SEAM_FIELDS:
             raise unknown_name("fork", name, SEAM_FIELDS)
+    if run.started.level < 2:
+        raise TraceError(
+            "log_level", run.started.level, "decisions were not recorded", "Record with log_level=2 or more."
+        )
     clock = ReplayClock()
     scheduler = recorded_scheduler(run, clock, **(recorded or {}))
     scheduler.log.append(_forked_start(run, at, changes))
@@ -85,8 +108,10 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     _prove(run, scheduler, position, at)
     config = recorded_config(run, **{**(recorded or {}), **changes})
     scheduler.adopt(policies_of(config, scheduler.log), clock.now())
-    engine = _engine(run, config, scheduler, clock)
-    _continue(run, engine, position)
+    scheduler.memory.pool.choose = eviction_chooser(config, scheduler.log)
+    flying = _in_flight(run, scheduler, position)
+    engine = _engine(run, config, scheduler, clock, max((done.t for done in flying), default=0.0))
+    _continue(run, engine, position, flying)
     return list(scheduler.log)
 
 
@@ -102,7 +127,13 @@ def _replay_until(run: Run, scheduler: Scheduler, clock: ReplayClock, at: int) -
     """Feed recorded inputs up to StepFinished(at); the index of the event behind it."""
     for index, event in enumerate(run.log_events):
         clock.t = event.t
-        feed(scheduler, event)
+        try:
+            feed(scheduler, event)
+        except Exception as error:  # it went another way, and chokes on results that are not for its plans
+            _prove(run, scheduler, index, at)
+            raise _irreproducible(at, error) from error
+        if isinstance(event, ev.RequestRefused):
+            scheduler.log.emit(ev.RequestRefused, event.request, reason=event.reason)
         if isinstance(event, ev.StepFinished) and event.step == at:
             return index + 1
     raise TraceError("at", at, "has not finished in this run", "`run.steps` lists the steps.")
@@ -112,33 +143,46 @@ def _prove(run: Run, scheduler: Scheduler, position: int, at: int) -> None:
     """Refuse to fork a history that the recorded policies do not reproduce."""
     differences = compare(run.log_events[:position], tuple(scheduler.log))
     if differences:
-        raise TraceError("at", at, f"the recorded history cannot be reproduced ({str(differences[0])[:300]})",
-                         "If the run used plug-ins of your own, pass them: fork(..., recorded={'ordering': MyOrder()}).")  # fmt: skip
+        raise _irreproducible(at, differences[0])
 
 
-def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayClock) -> Engine:
+def _irreproducible(at: int, why: object) -> TraceError:
+    return TraceError("at", at, f"the recorded history cannot be reproduced ({str(why)[:300]})",
+                      "If the run used plug-ins of your own, pass them: fork(..., recorded={'ordering': MyOrder()}).")  # fmt: skip
+
+
+def _in_flight(run: Run, scheduler: Scheduler, position: int) -> list[ev.StepFinished]:
+    """How the steps ended that were submitted before the fork and collected after it, in their order."""
+    ends = {e.step: e for e in run.log_events[position:] if isinstance(e, ev.StepFinished)}
+    for step in scheduler.inflight:
+        if step not in ends:
+            raise TraceError("at", step, "was in flight and never finished in this run", "Fork at an earlier step.")
+    return [ends[step] for step in sorted(scheduler.inflight)]
+
+
+def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayClock, busy_until: float) -> Engine:
     model = run.started.model
     shape = Shape(**model["shape"])
-    cost = RooflineCost(shape, run.started.hardware["name"], config.block_size, model["precision"])
-    executor = SimExecutor(cost, RecordedTokens(run, shape.vocab_size), clock, {"device": run.started.hardware["name"]})
-    facts = ModelFacts(model["name"], shape.vocab_size, scheduler.limits.max_model_len, tuple(model["eos_token_ids"]), shape)
+    device = run.started.hardware["name"]
+    cost = RooflineCost(shape, device, config.block_size, model["precision"])
+    executor = ResumedExecutor(busy_until, cost, RecordedTokens(run, shape.vocab_size), clock, {"device": device})
+    facts = ModelFacts(
+        model["name"], shape.vocab_size, scheduler.limits.max_model_len, tuple(model["eos_token_ids"]), shape
+    )
     parts = Assembly(scheduler, executor, clock, scheduler.log, None, MetricsFold(), facts, scheduler.limits)
     return Engine(config, parts)
 
 
-def _continue(run: Run, engine: Engine, position: int) -> None:
+def _continue(run: Run, engine: Engine, position: int, flying: Sequence[ev.StepFinished]) -> None:
     """Run to the end: steps in flight as recorded, then simulated ones."""
-    future = run.log_events[position:]
-    ends = OutsideEnds(future, RecordedTokens(run, engine.model.vocab_size))
-    finished = {e.step: e for e in future if isinstance(e, ev.StepFinished)}
-    for step in sorted(engine.scheduler.inflight):  # submitted before the fork, collected after it
-        if step not in finished:
-            raise TraceError("at", step, "was in flight and never finished in this run", "Fork at an earlier step.")
-        done = finished[step]
-        engine.adopt(StepPlan(step, ()), Done(StepResult(step, done.results, done.measured)))
-    for event in future:
+    outside = Outside(run, position, RecordedTokens(run, engine.model.vocab_size))
+    for done in flying:
+        result = StepResult(done.step, done.results, done.measured)
+        engine.adopt(StepPlan(done.step, ()), SimTicket(result, done.t, engine.clock))
+    for event in run.log_events[position:]:
         if isinstance(event, ev.RequestArrived):
             engine.expect(event.spec)
     while engine.has_unfinished_requests():
-        ends.apply(engine)
+        outside.apply(engine)
         engine.step()
+    outside.apply(engine)

@@ -23,7 +23,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, choose: Callable[[Sequence[BlockView]], int]) -> None:
         self.num_blocks = num_blocks
-        self._choose = choose
+        self.choose = choose
         self.refs = [0] * num_blocks
         self.hashes: list[bytes | None] = [None] * num_blocks
         self.by_hash: dict[bytes, int] = {}
@@ -62,7 +62,7 @@ class BlockPool:
         if len(window) == 1:
             return window[0]
         views = [BlockView(b, self._last_used[b], self._num_hits[b], self._depth[b]) for b in window]
-        return window[self._choose(views)]
+        return window[self.choose(views)]
 
     def _forget(self, block: int) -> bytes | None:
         block_hash = self.hashes[block]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simlab import Watch, run_to_end, sim_engine
 
 import llmlab
 from llmlab.events import catalog as ev
@@ -22,7 +24,6 @@ from llmlab.workloads.lengths import Quantiles, draw
 from llmlab.workloads.source import Finished, Load, TimedRequest
 from llmlab.workloads.twins import Twin, dispersion, rank_correlation, shipped_twins
 from llmlab.workloads.workload import Workload
-from simlab import Watch, run_to_end, sim_engine
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 AZURE, MOONCAKE = DATA / "azure_llm_2023_conv.csv", DATA / "mooncake_synthetic.jsonl"
@@ -132,7 +133,7 @@ def test_a_prompt_shorter_than_the_prefix_keeps_a_token_of_its_own() -> None:
     prompts = [
         r.prompt_token_ids for r in Workload.batch(4, prompt=(5, 9), output=1, shared_prefix=32).requests(50_000)
     ]
-    for a, b in zip(prompts, prompts[1:]):
+    for a, b in itertools.pairwise(prompts):
         assert shared(a, b) == min(len(a), len(b)) - 1
 
 
