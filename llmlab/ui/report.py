@@ -77,6 +77,7 @@ def report_html(run: Run, texts: Texts, why: Sequence[str], opens: str) -> str:
     """The whole page."""
     import vl_convert
 
+    vega = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub says that the snippet is needed
     with theme.enable("light"):
         drawn = [drawing(name, function(run)) for name, function in _FIGURES.items()]
     specs = {f.name: {"specs": f.specs, "datasets": f.datasets} for f in drawn if f.specs}
@@ -87,7 +88,7 @@ def report_html(run: Run, texts: Texts, why: Sequence[str], opens: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title} · llmlab</title>\n<style>{_asset('report.css')}</style>\n</head>\n<body>",
         *_body(run, texts, why, {f.name: f for f in drawn}),
-        f"<script>{vl_convert.javascript_bundle(None)}</script>",
+        f"<script>{vega}</script>",
         f"<script>const FIGURES = {_json(specs)};\n{_asset('report.js')}</script>\n</body>\n</html>\n",
     ])  # fmt: skip
 

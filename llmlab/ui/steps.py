@@ -118,7 +118,7 @@ def _tokens_panel(run: Run, bins: Sequence[Bin], unit: Unit, c: Roles) -> Any:
 
     known = run.started.level >= 2
     colours = {"prefill": c.prefill, "decode": c.decode} if known else {"prefill and decode": c.mute}
-    rows = _runs_of_equals([row for b in bins for row in _stacked(b, unit, known)])
+    rows = _runs_of_equals([row for b in bins for row in _stacked(b, unit, known)], _apart(bins) * unit.per_second)
     budget = int(run.started.config.get("max_num_batched_tokens") or 0)
     most = max(b.tokens for b in bins)
     visible = 0 < budget <= 2.5 * most
@@ -139,13 +139,19 @@ def _stacked(b: Bin, unit: Unit, known: bool) -> list[dict[str, Any]]:
     return [row for row in (low, high) if row["tokens"]]
 
 
-def _runs_of_equals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _apart(bins: Sequence[Bin]) -> float:
+    """From how many seconds on a gap between two steps is a pause and not the scheduler's work: about two pixels."""
+    return 2 / WIDTH * (bins[-1].end - bins[0].start)
+
+
+def _runs_of_equals(rows: Sequence[dict[str, Any]], apart: float) -> list[dict[str, Any]]:
     """Steps of one height in a row become one rectangle: fewer marks, and no hairlines between them."""
     open_rows: dict[str, dict[str, Any]] = {}
     out: list[dict[str, Any]] = []
     for row in rows:
         last = open_rows.get(row["kind"])
-        if last is not None and (last["t1"], last["low"], last["high"]) == (row["t0"], row["low"], row["high"]):
+        same = last is not None and (last["low"], last["high"]) == (row["low"], row["high"])
+        if last is not None and same and row["t0"] - last["t1"] < apart:
             last["t1"] = row["t1"]
         else:
             open_rows[row["kind"]] = row
@@ -179,10 +185,10 @@ def _requests_panel(bins: Sequence[Bin], unit: Unit, c: Roles) -> Any:
     """Waiting as a grey area, running as a line."""
     import altair as alt
 
-    rows, touching = [], 1e-6 * (bins[-1].end - bins[0].start)
+    rows, apart = [], _apart(bins)
     for b, following in zip(bins, [*bins[1:], None]):
         rows.append({"t0": b.start * unit.per_second, "running": b.running, "waiting": b.waiting})
-        if following is None or following.start > b.end + touching:
+        if following is None or following.start > b.end + apart:
             rows.append({"t0": b.end * unit.per_second, "running": b.after[0], "waiting": b.after[1]})
     base = alt.Chart(data(rows)).encode(x=_x(bins, unit, True))
     name = "requests running (line) and waiting (grey)"
