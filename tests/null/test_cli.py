@@ -24,6 +24,7 @@ from llmlab.assembly import REGISTRIES
 from llmlab.cli import jobs, options, timeline
 from llmlab.cli.answers import Asked, JsonAnswers, TextAnswers
 from llmlab.cli.app import app
+from llmlab.cli.replays import first_divergence
 from llmlab.config import EngineConfig
 from llmlab.events.trace import Run
 from llmlab.events.why import Stretch
@@ -330,6 +331,23 @@ def test_another_policy_parts_ways_somewhere(trace: Path, option: str, value: st
 @pytest.mark.parametrize("words", [("--victim", "last_come"), ("--num-blocks", "24"), ("--composer", "chunked", "--ordering", "fcfs")])
 def test_the_same_policy_decides_the_same(trace: Path, words: tuple[str, ...]) -> None:
     assert "the same would have been decided" in call("trace", "replay", trace, *words).output
+
+
+@pytest.mark.parametrize("replaced", [{"num_blocks": 13}, {"admission": "worst_case"}, {"admission": "optimistic"}], ids=str)
+def test_another_reason_for_the_same_wait_is_no_difference(tmp_path: Path, replaced: dict[str, object]) -> None:
+    path = tmp_path / "queued.jsonl"
+    call(*SIM, "--requests", "12", "--num-blocks", "12", "--prompt-len", "40,80", "--output-len", "3,6", "--log-level", "3", "--trace", path)
+    found = first_divergence(Run.load(path), **replaced)
+    assert found is not None
+    assert "RequestWaiting" not in (type(found.recorded.event).__name__, type(found.replayed.event).__name__)
+    assert found.step > 0
+
+
+def test_in_a_roomy_pool_admission_and_size_do_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "roomy.jsonl"
+    call(*SIM, "--requests", "4", "--num-blocks", "500", "--log-level", "3", "--prompt-len", "20", "--output-len", "5", "--trace", path)
+    for replaced in (("--num-blocks", "900"), ("--admission", "worst_case"), ("--victim", "most_blocks"), ("--eviction", "lfu")):
+        assert "the same would have been decided" in call("trace", "replay", path, *replaced).output
 
 
 def test_replay_needs_decisions(tmp_path: Path) -> None:
