@@ -54,6 +54,7 @@ class Engine:
         self._commit_seconds = 0.0
         self._num_requests = 0
         self._closed = False
+        self._check_interval = sampled_interval(self.config.check_interval, self.scheduler.memory.pool.num_blocks)
 
     # -------------------------------------------------------------------------------- requests
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None,
@@ -217,7 +218,7 @@ class Engine:
         return msgspec.structs.replace(result, durations=durations)
 
     def _check(self, step: int) -> None:
-        interval = self.config.check_interval
+        interval = self._check_interval
         if interval and step % interval == 0:
             problems = self.scheduler.problems()
             if problems:
@@ -288,3 +289,9 @@ def checked_request(request: Request) -> Request:
         raise RequestError("metadata", request.metadata, f"is not plain data ({error})",
                            "Use strings, numbers, lists and dicts.") from None  # fmt: skip
     return msgspec.structs.replace(request, metadata=metadata)
+
+
+def sampled_interval(interval: int, num_blocks: int) -> int:
+    """Steps between two integrity checks. A check looks at every block, so large pools are checked less often
+    unless every step was asked for (1); 0 means never."""
+    return interval if interval <= 1 else max(interval, num_blocks // 16)
