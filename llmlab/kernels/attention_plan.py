@@ -42,9 +42,14 @@ class AttnPlan:
     num_partials: int
     load: np.ndarray
 
-    @property
+    @functools.cached_property
     def threads(self) -> int:
         return len(self.starts) - 1
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Where items, starts and merges lie, and the number of merges: for the kernel."""
+        return self.items.ctypes.data, self.starts.ctypes.data, self.merges.ctypes.data, len(self.merges)
 
     @property
     def imbalance(self) -> float:

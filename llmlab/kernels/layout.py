@@ -6,6 +6,7 @@ keys and values of a row are scattered over blocks that its block table names.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,13 @@ class AttentionMetadata:
                 f"cu_seqlens_q: {self.cu_seqlens_q.shape[0]} entries and block_tables: "
                 f"{self.block_tables.shape[0]} rows do not fit seq_lens of {rows} rows"
             )
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """Where the block tables lie and how wide they are, the rows, their lengths: for compiled kernels."""
+        tables = self.block_tables
+        lengths = self.seq_lens.data_ptr(), self.cu_seqlens_q.data_ptr()
+        return tables.data_ptr(), tables.stride(0), self.num_rows, *lengths
 
     @property
     def num_rows(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from llmlab.kernels.pool import Pool, Region, barrier, thread_num
+from llmlab.kernels.pool import Call, Pool, Region, barrier, thread_num
 from llmlab.kernels.vector import BF16, F16, F32, FAST, PANEL, exp, get, product, put, tanh, width
 from llmlab.types import LabError
 
@@ -185,8 +185,8 @@ def dense(x: Tensor) -> Tensor:
 def gate_rows(pool: Pool, gate_up: Tensor, act: str) -> Tensor:
     """`reference.gated_act` on float32 gate_up [T, 2F]."""
     gate_up, rows, columns = dense(gate_up), gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, columns)
-    pool.run_rows(GATE_REGION, rows, gate_up.data_ptr(), out.data_ptr(), rows, columns, act_code(act))
+    out, threads = torch.empty(rows, columns), pool.threads_for(rows)
+    pool.run(GATE_REGION.call(threads, gate_up.data_ptr(), out.data_ptr(), rows, columns, act_code(act)))
     return out
 
 
@@ -198,9 +198,15 @@ class PackedLinear:
         self.panels = pack_panels(weight.detach())
         self.bias = None if bias is None else dense(bias.detach())
         self._pool, self._region = pool, REGIONS[weight.dtype]
+        self._weight, self._shift = self.panels.data_ptr(), address(self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.run(x)
+
+    @property
+    def gates_fuse(self) -> bool:
+        """Whether the two halves of the outputs, gates and ups, each fill whole panels."""
+        return self.out_features % (2 * PANEL) == 0
 
     def gated(
         self,
@@ -210,21 +216,16 @@ class PackedLinear:
         eps: float = 0.0,
         weight_offset: float = 0.0,
     ) -> Tensor:
-        """`gated_act(self(norm(x)))`, fused where gates and ups each fill whole panels; [T, out / 2]."""
-        fused = self.out_features % (2 * PANEL) == 0
-        y = self.run(
-            x,
-            act=act_code(act) if fused else PLAIN,
-            norm_weight=norm_weight,
-            eps=eps,
-            weight_offset=weight_offset,
+        """`gated_act(self(norm(x)))`, in one region if `gates_fuse`; [T, out / 2]."""
+        if self.gates_fuse:
+            return self.run(x, act_code(act), None, norm_weight, eps, weight_offset)
+        return gate_rows(self._pool, self.run(x, PLAIN, None, norm_weight, eps, weight_offset), act).to(
+            x.dtype
         )
-        return y if fused else gate_rows(self._pool, y, act).to(x.dtype)
 
     def run(
         self,
         x: Tensor,
-        *,
         act: int = PLAIN,
         residual: Tensor | None = None,
         norm_weight: Tensor | None = None,
@@ -233,26 +234,29 @@ class PackedLinear:
     ) -> Tensor:
         """norm, product, bias, then activation or residual, in one region: [T, in] -> [T, out], dtype of x."""
         dtype, x = x.dtype, dense(x)
-        rows, depth = x.shape
-        columns = self.out_features if act == PLAIN else self.out_features // 2
         norm_weight = None if norm_weight is None else dense(norm_weight)
         residual = None if residual is None else dense(residual)
-        out = torch.empty(rows, columns)
-        threads = self._pool.num_threads
-        tiles = self._pool.scratch(threads * 2 * ROWS * PANEL + rows * depth)
-        self._pool.run(
-            self._region,
-            threads,
-            *(
-                x.data_ptr(),
-                rows,
-                depth,
-                self.panels.data_ptr(),
-                columns,
-                address(self.bias),
-                address(residual),
-            ),
-            *(out.data_ptr(), act, address(norm_weight), tiles + 8 * threads * ROWS * PANEL, tiles),
-            *(eps, weight_offset),
-        )
+        out = torch.empty(x.shape[0], self.out_features if act == PLAIN else self.out_features // 2)
+        self._pool.run(self.call(x, out, act, residual, norm_weight, eps, weight_offset))
         return out if dtype is torch.float32 else out.to(dtype)
+
+    def call(
+        self,
+        x: Tensor,
+        out: Tensor,
+        act: int = PLAIN,
+        residual: Tensor | None = None,
+        norm_weight: Tensor | None = None,
+        eps: float = 0.0,
+        weight_offset: float = 0.0,
+    ) -> Call:
+        """`run` as a call yet to be run; all tensors dense float32."""
+        (rows, depth), (_, columns), threads = x.shape, out.shape, self._pool.num_threads
+        if depth != self.in_features:
+            raise LabError("x", tuple(x.shape), f"does not fit a layer of {self.in_features} inputs")
+        tiles = self._pool.scratch(threads * 2 * ROWS * PANEL + rows * depth)
+        normed = tiles + 8 * threads * ROWS * PANEL
+        return self._region.call(
+            *(threads, x.data_ptr(), rows, depth, self._weight, columns, self._shift, address(residual)),
+            *(out.data_ptr(), act, address(norm_weight), normed, tiles, eps, weight_offset),
+        )

@@ -8,8 +8,9 @@ from numba import carray, njit
 from torch import Tensor
 
 from llmlab.kernels.linear import address, norm_row, share
-from llmlab.kernels.pool import Pool, Region, thread_num
+from llmlab.kernels.pool import Call, Pool, Region, thread_num
 from llmlab.kernels.vector import BF16, F16, F32, FAST, get, get_long, put, put_as, width
+from llmlab.types import LabError
 
 
 @njit(**FAST)
@@ -100,7 +101,7 @@ def heads_dense(x: Tensor) -> Tensor:
     return x if tokens_apart else x.float().contiguous()
 
 
-def turn_and_store(
+def rope_store_call(
     pool: Pool,
     q: Tensor,
     k: Tensor,
@@ -114,24 +115,17 @@ def turn_and_store(
     k_norm: Tensor | None,
     eps: float,
     weight_offset: float,
-) -> None:
+) -> Call:
     """`reference.rope_store` on float32 q, k, v, turned in place; caches of any of the three dtypes."""
-    tokens, q_heads, dim = q.shape
-    pool.run_rows(
-        ROPE_REGIONS[k_cache.dtype],
-        tokens,
-        *(q.data_ptr(), q.stride(0), q_heads, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
-        *(
-            k.shape[1],
-            tokens,
-            dim,
-            cos.shape[1],
-            cos.data_ptr(),
-            sin.data_ptr(),
-            address(q_norm),
-            address(k_norm),
-        ),
-        *(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0), k_cache.stride(1), k_cache.shape[2]),
+    (tokens, q_heads, dim), (_, heads, block_size, _), half = q.shape, k_cache.shape, cos.shape[1]
+    if k.shape[1] != heads or len(slot_mapping) != tokens or len(cos) != tokens or 2 * half > dim:
+        fitting = f"[{len(slot_mapping)} slots, {heads} KV heads, D] with cos of {tuple(cos.shape)}"
+        raise LabError("k", tuple(k.shape), f"does not fit {fitting}")
+    return ROPE_REGIONS[k_cache.dtype].call(
+        *(pool.threads_for(tokens), q.data_ptr(), q.stride(0), q_heads),
+        *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), heads, tokens, dim),
+        *(half, cos.data_ptr(), sin.data_ptr(), address(q_norm), address(k_norm)),
+        *(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0), k_cache.stride(1), block_size),
         *(slot_mapping.data_ptr(), eps, weight_offset),
     )
 
@@ -143,5 +137,5 @@ def norm_rows(
     rows, size = x.shape
     out, total = torch.empty_like(x), x if residual is None else torch.empty_like(x)
     addresses = (x.data_ptr(), address(residual), total.data_ptr(), weight.data_ptr(), out.data_ptr())
-    pool.run_rows(NORM_REGION, rows, *addresses, rows, size, eps, weight_offset)
+    pool.run(NORM_REGION.call(pool.threads_for(rows), *addresses, rows, size, eps, weight_offset))
     return out, total

@@ -30,7 +30,7 @@ from llmlab.kernels.attention_plan import (
 )
 from llmlab.kernels.layout import AttentionMetadata, AttentionState
 from llmlab.kernels.linear import share
-from llmlab.kernels.pool import Pool, Region, barrier, thread_num
+from llmlab.kernels.pool import Call, Pool, Region, barrier, thread_num
 from llmlab.kernels.vector import (
     BF16,
     F16,
@@ -90,7 +90,7 @@ def lay_out(at, rows, dim, wide):  # type: ignore[no-untyped-def]
 
 @njit(**FAST)
 def find_lines(a, row, head, chunk, start, stop, lines, storage):  # type: ignore[no-untyped-def]
-    """The addresses of the positions of a chunk from `start` to `stop`, of one KV head.
+    """The addresses of the positions of a chunk from `start` to `stop`, of one KV head; returns their number.
 
     Those before repeat the first of them, those behind (up to a multiple of LANES) the last: nothing
     outside start..stop is touched, be it freed by a sliding window or never written.
@@ -112,18 +112,20 @@ def find_lines(a, row, head, chunk, start, stop, lines, storage):  # type: ignor
     for i in range(count, (count + LANES - 1) // LANES * LANES):
         put_long(lines, i, get_long(lines, count - 1))
         put_long(lines, CHUNK + i, get_long(lines, CHUNK + count - 1))
-    return first, count
+    return count
 
 
 @njit(**FAST)
-def gather(a, tiles, wide, count, lines, ahead, storage):  # type: ignore[no-untyped-def]
-    """The keys of a chunk, transposed, to `tiles.keys`; the next chunk is asked for meanwhile."""
-    line = width(storage) * a.dim
+def gather(a, tiles, wide, count, lines, ahead, ahead_count, storage):  # type: ignore[no-untyped-def]
+    """The keys of a chunk, transposed, to `tiles.keys`; the chunk `ahead` is asked for meanwhile."""
+    asked = 0
     for i in range(0, count, LANES):
-        for position in range(i, i + LANES):
-            for byte in range(0, line, 64):
+        upto = min(ahead_count, i + LANES if i + LANES < count else CHUNK)
+        for position in range(asked, upto):
+            for byte in range(0, width(storage) * a.dim, 64):
                 prefetch(get_long(ahead, position) + byte)
                 prefetch(get_long(ahead, CHUNK + position) + byte)
+        asked = upto
         target = tiles.keys + 4 * (i // PANEL * a.dim * PANEL + i % PANEL)
         for d in range(0, a.dim, LANES):
             transpose(lines + 8 * i, d, target + 4 * d * PANEL, storage)
@@ -237,22 +239,37 @@ def close_tile(a, tiles, token, rows, head, wide, out, lse):  # type: ignore[no-
 
 
 @njit(**FAST)
-def attend(a, tiles, unit, wide, storage):  # type: ignore[no-untyped-def]
-    """One unit: a tile of queries over a range of KV, for one KV head."""
+def announce(a, unit, lines, storage):  # type: ignore[no-untyped-def]
+    """`find_lines` of the first chunk of a unit."""
+    item = a.items + 48 * (unit // a.heads)
+    start, stop = get_long(item, START), get_long(item, STOP)
+    chunk = start // CHUNK * CHUNK
+    return find_lines(a, get_long(item, ROW), unit % a.heads, chunk, start, stop, lines, storage)
+
+
+@njit(**FAST)
+def attend(a, tiles, unit, last, parity, wide, storage):  # type: ignore[no-untyped-def]
+    """One unit, a tile of queries over a range of KV for one KV head; returns the next parity.
+
+    The parity tells which half of `tiles.lines` holds the current chunk; the other half is filled with
+    what comes next, be it of the next unit, so that memory is always being read ahead.
+    """
     item, head = a.items + 48 * (unit // a.heads), unit % a.heads
     row, token, tokens = get_long(item, ROW), get_long(item, TOKEN), get_long(item, TOKENS)
     start, stop, partial = get_long(item, START), get_long(item, STOP), get_long(item, PARTIAL)
     rows, length = tokens * a.group, np.int64(get_int(a.seq_lens, row))
     own = length - np.int64(get_int(a.cu_seqlens_q, row + 1)) + token
     open_tile(a, tiles, token, rows, head, wide)
-    lines, ahead = tiles.lines, tiles.lines + 16 * CHUNK
     begin = start // CHUNK * CHUNK
-    skip, count = find_lines(a, row, head, begin, start, stop, lines, storage)
+    skip, count = start - begin, min(CHUNK, stop - begin)
     for chunk in range(begin, stop, CHUNK):
-        after, next_count = chunk + CHUNK, 0
+        lines, ahead = tiles.lines + 16 * CHUNK * parity, tiles.lines + 16 * CHUNK * (1 - parity)
+        after, ahead_count = chunk + CHUNK, 0
         if after < stop:
-            _, next_count = find_lines(a, row, head, after, start, stop, ahead, storage)
-        gather(a, tiles, wide, count, lines, ahead, storage)
+            ahead_count = find_lines(a, row, head, after, start, stop, ahead, storage)
+        elif unit + 1 < last:
+            ahead_count = announce(a, unit + 1, ahead, storage)
+        gather(a, tiles, wide, count, lines, ahead, ahead_count, storage)
         score(a, tiles, rows, count)
         soften_rows(a, tiles, rows, wide, own, length, chunk)
         for d in range(0, wide, PANEL):
@@ -261,11 +278,12 @@ def attend(a, tiles, unit, wide, storage):  # type: ignore[no-untyped-def]
             scattered_product(weights, CHUNK, values, at, out, wide, rows, count - skip, storage)
         if after % SEGMENT == 0 or after >= stop:
             close_segment(tiles, rows, wide)
-        lines, ahead, skip, count = ahead, lines, 0, next_count
+        skip, count, parity = 0, min(CHUNK, stop - after), 1 - parity
     if partial < 0:
         close_tile(a, tiles, token, rows, head, wide, a.out, a.lse)
     else:
         close_tile(a, tiles, partial, rows, head, wide, a.partial_out, a.partial_lse)
+    return parity
 
 
 @njit(**FAST)
@@ -289,8 +307,11 @@ def attention(a, storage):  # type: ignore[no-untyped-def]
     """One thread's part: its units; then, if items were divided, a barrier and its share of the merges."""
     thread, wide = thread_num(), (a.dim + PANEL - 1) // PANEL * PANEL
     tiles = lay_out(a.scratch + 4 * thread * a.scratch_floats, a.tile_rows, a.dim, wide)
-    for unit in range(get_long(a.starts, thread), get_long(a.starts, thread + 1)):
-        attend(a, tiles, unit, wide, storage)
+    first, last, parity = get_long(a.starts, thread), get_long(a.starts, thread + 1), 0
+    if first < last:
+        announce(a, first, tiles.lines, storage)
+    for unit in range(first, last):
+        parity = attend(a, tiles, unit, last, parity, wide, storage)
     if a.num_merges > 0:
         barrier()
         for group in range(a.num_merges):
@@ -310,8 +331,9 @@ def attention_f16(pointer):  # type: ignore[no-untyped-def]
 
 
 _FIELDS = (
-    "q q_stride k_cache v_cache block_stride head_stride block_size heads group dim block_tables table_width rows seq_lens cu_seqlens_q "
-    "items starts merges num_merges out lse partial_out partial_lse scratch scratch_floats tile_rows window causal"
+    "q q_stride k_cache v_cache block_stride head_stride block_size heads group dim "
+    "block_tables table_width rows seq_lens cu_seqlens_q items starts merges num_merges "
+    "out lse partial_out partial_lse scratch scratch_floats tile_rows window causal"
 )
 REGIONS = {
     dtype: Region(body, _FIELDS, floats="scale softcap")
@@ -328,9 +350,10 @@ def supports(dim: int, cache: Tensor) -> bool:
     return dim % LANES == 0 and cache.dtype in REGIONS and cache.stride(2) == dim and cache.stride(3) == 1
 
 
-def paged_attention(
+def attention_call(
     pool: Pool,
     plan: AttnPlan,
+    state: AttentionState,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -338,34 +361,22 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
-) -> AttentionState:
-    """`reference.paged_attention` by the compiled kernel, for float32 q [T, Hq, D] with dense heads.
+) -> Call:
+    """`reference.paged_attention` into `state`, for float32 q [T, Hq, D] with dense heads.
 
     `plan` is that of `meta` and `sliding_window`.
     """
-    tokens, hq, dim = q.shape
-    heads, block_size = k_cache.shape[1], k_cache.shape[2]
-    group, threads = hq // heads, plan.threads
+    (_, hq, dim), (_, heads, block_size, _), threads = q.shape, k_cache.shape, plan.threads
+    group = hq // heads
     tile_rows = tile_tokens(group) * group
     each, partials = tile_floats(tile_rows, dim), plan.num_partials
     scratch = pool.scratch(threads * each + partials * hq * (dim + 1))
     partial_out = scratch + 4 * threads * each
-    out, lse = torch.empty(tokens, hq, dim), torch.empty(tokens, hq)
-    pool.run(
-        REGIONS[k_cache.dtype],
-        threads,
-        *(
-            q.data_ptr(),
-            q.stride(0),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            k_cache.stride(0),
-            k_cache.stride(1),
-        ),
-        *(block_size, heads, group, dim, meta.block_tables.data_ptr(), meta.block_tables.stride(0)),
-        *(meta.num_rows, meta.seq_lens.data_ptr(), meta.cu_seqlens_q.data_ptr()),
-        *(plan.items.ctypes.data, plan.starts.ctypes.data, plan.merges.ctypes.data, len(plan.merges)),
-        *(out.data_ptr(), lse.data_ptr(), partial_out, partial_out + 4 * partials * hq * dim),
+    return REGIONS[k_cache.dtype].call(
+        *(threads, q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr()),
+        *(k_cache.stride(0), k_cache.stride(1), block_size, heads, group, dim),
+        *meta.addresses,
+        *plan.addresses,
+        *(state.out.data_ptr(), state.lse.data_ptr(), partial_out, partial_out + 4 * partials * hq * dim),
         *(scratch, each, tile_rows, sliding_window or 0, meta.mask == "causal", scale, softcap or 0.0),
     )
-    return AttentionState(out, lse)

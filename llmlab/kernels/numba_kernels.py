@@ -5,15 +5,17 @@ What a compiled kernel does not cover (odd head sizes, other dtypes) goes to the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from llmlab.kernels import norm_rope, numba_attention, reference
+from llmlab.kernels import reference
 from llmlab.kernels.attention_plan import AttnPlan, plan_attention
 from llmlab.kernels.dispatch import BaseKernels, ExpertsImpl, LinearImpl
 from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoice
-from llmlab.kernels.linear import PackedLinear, dense, gate_rows
+from llmlab.kernels.linear import PLAIN, PackedLinear, dense, gate_rows
 from llmlab.kernels.moe import PackedExperts
-from llmlab.kernels.norm_rope import heads_dense
+from llmlab.kernels.norm_rope import heads_dense, norm_rows, rope_store_call
+from llmlab.kernels.numba_attention import attention_call, supports
 from llmlab.kernels.pool import Pool
 
 
@@ -38,12 +40,12 @@ class NumbaKernels(BaseKernels):
     ) -> Tensor:
         if not isinstance(lin, PackedLinear):
             return super().norm_linear(x, norm_weight, eps, lin, weight_offset)
-        return lin.run(x, norm_weight=norm_weight, eps=eps, weight_offset=weight_offset)
+        return lin.run(x, PLAIN, None, norm_weight, eps, weight_offset)
 
     def linear_add(self, x: Tensor, lin: LinearImpl, residual: Tensor) -> Tensor:
         if not isinstance(lin, PackedLinear):
             return super().linear_add(x, lin, residual)
-        return lin.run(x, residual=residual)
+        return lin.run(x, PLAIN, residual)
 
     def gated_mlp(
         self,
@@ -86,14 +88,15 @@ class NumbaKernels(BaseKernels):
         sliding_window: int | None = None,
         softcap: float | None = None,
     ) -> AttentionState:
-        heads, dim = k_cache.shape[1], k_cache.shape[3]
-        if not numba_attention.supports(dim, k_cache):
+        (tokens, hq, dim), heads = q.shape, k_cache.shape[1]
+        if not supports(dim, k_cache):
             return reference.paged_attention(q, k_cache, v_cache, meta, scale, sliding_window, softcap)
-        plan, dtype = self.plan(meta, heads, q.shape[1] // heads, sliding_window), q.dtype
-        state = numba_attention.paged_attention(
-            self.pool, plan, heads_dense(q), k_cache, v_cache, meta, scale, sliding_window, softcap
+        plan, x = self.plan(meta, heads, hq // heads, sliding_window), heads_dense(q)
+        state = AttentionState(torch.empty(tokens, hq, dim), torch.empty(tokens, hq))
+        self.pool.run(
+            attention_call(self.pool, plan, state, x, k_cache, v_cache, meta, scale, sliding_window, softcap)
         )
-        return state if dtype == state.out.dtype else AttentionState(state.out.to(dtype), state.lse)
+        return state if x is q else AttentionState(state.out.to(q.dtype), state.lse)
 
     def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
         none = k.new_empty(len(k), 0)
@@ -115,25 +118,23 @@ class NumbaKernels(BaseKernels):
         eps: float = 1e-6,
         weight_offset: float = 0.0,
     ) -> Tensor:
-        dtype = q.dtype
-        q, k, v = (heads_dense(t) for t in (q, k, v))
-        q_norm, k_norm = (None if t is None else dense(t) for t in (q_norm, k_norm))
-        norm_rope.turn_and_store(
-            *(self.pool, q, k, v, dense(cos), dense(sin), k_cache, v_cache, slot_mapping),
-            *(q_norm, k_norm, eps, weight_offset),
+        x, k, v, cos, sin = heads_dense(q), heads_dense(k), heads_dense(v), dense(cos), dense(sin)
+        q_norm = None if q_norm is None else dense(q_norm)
+        k_norm = None if k_norm is None else dense(k_norm)
+        caches = k_cache, v_cache, slot_mapping
+        self.pool.run(
+            rope_store_call(self.pool, x, k, v, cos, sin, *caches, q_norm, k_norm, eps, weight_offset)
         )
-        return q.to(dtype)
+        return x if x is q else x.to(q.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
-        out, _ = norm_rope.norm_rows(self.pool, dense(x), None, dense(weight), eps, weight_offset)
+        out, _ = norm_rows(self.pool, dense(x), None, dense(weight), eps, weight_offset)
         return out.to(x.dtype)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        out, total = norm_rope.norm_rows(
-            self.pool, dense(x), dense(residual), dense(weight), eps, weight_offset
-        )
+        out, total = norm_rows(self.pool, dense(x), dense(residual), dense(weight), eps, weight_offset)
         return out.to(x.dtype), total.to(x.dtype)
 
     def gated_act(self, gate_up: Tensor, act: str = "silu") -> Tensor:

@@ -70,6 +70,11 @@ def openmp() -> OpenMP:
     return OpenMP(enter, "torch's OpenMP")
 
 
+# A region with its arguments, ready to run: (address, threads, record). Threads: all of the team, or the
+# first alone. A plain tuple: this is made some fifty times for one token of a small model.
+Call = tuple[int, int, bytes]
+
+
 class Region:
     """A kernel that all threads enter with the same record of arguments; compiled at its first use.
 
@@ -82,17 +87,16 @@ class Region:
         self._body = body
         whole, real = ("threads " + integers).split(), floats.split()
         self._record = np.dtype([(n, np.int64) for n in whole] + [(n, np.float64) for n in real])
-        self.pack = struct.Struct("q" * len(whole) + "d" * len(real)).pack
+        self._pack = struct.Struct("q" * len(whole) + "d" * len(real)).pack
+
+    def call(self, threads: int, *values: float) -> Call:
+        """Arguments in the order of the fields. The tensors behind the addresses must outlive the run."""
+        return self.address, threads, self._pack(threads, *values)
 
     @functools.cached_property
     def address(self) -> int:
         openmp()
         return int(self._compiled.address)
-
-    @functools.cached_property
-    def call(self) -> Callable[[bytes], None]:
-        """The kernel as a plain function of its packed record: the calling thread alone."""
-        return ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self.address)
 
     @functools.cached_property
     def _compiled(self) -> CFunc:
@@ -106,7 +110,8 @@ class Region:
 
 
 class _Scratch(threading.local):
-    buffer = torch.empty(0)
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0)
 
 
 class Pool:
@@ -117,10 +122,15 @@ class Pool:
     def __init__(self) -> None:
         self._enter = openmp().parallel
         self._scratch = _Scratch()
+        self._alone: dict[int, Callable[[bytes], None]] = {}
 
     @property
     def num_threads(self) -> int:
         return 1 if self._enter is None else torch.get_num_threads()
+
+    def threads_for(self, rows: int) -> int:
+        """All threads, or one if the token rows are too few to be worth the others."""
+        return 1 if rows <= ALONE else self.num_threads
 
     def scratch(self, size: int) -> int:
         """The address of `size` floats that last until this Python thread asks again."""
@@ -128,13 +138,13 @@ class Pool:
             self._scratch.buffer = torch.empty(2 * size)
         return self._scratch.buffer.data_ptr()
 
-    def run(self, region: Region, threads: int, *values: float) -> None:
-        """`threads` of them (all, or one). `values` in the order of the region's fields."""
-        if threads == 1 or self._enter is None:
-            region.call(region.pack(1, *values))
-        else:
-            self._enter(region.address, region.pack(threads, *values), threads, 0)
-
-    def run_rows(self, region: Region, rows: int, *values: float) -> None:
-        """All threads, or the calling one alone if the rows are too few to be worth the others."""
-        self.run(region, 1 if rows <= ALONE else self.num_threads, *values)
+    def run(self, call: Call) -> None:
+        """Returns when all its threads are done."""
+        address, threads, record = call
+        if threads > 1 and self._enter is not None:
+            self._enter(address, record, threads, 0)
+            return
+        alone = self._alone.get(address)
+        if alone is None:
+            alone = self._alone[address] = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(address)
+        alone(record)

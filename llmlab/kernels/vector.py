@@ -79,7 +79,7 @@ def _splat(b: Any, scalar: Any) -> Any:
 
 
 def _prefetch(b: Any, address: Any) -> None:
-    """Ask for the cache line of an address, into the second-level cache; any address is allowed."""
+    """Ask for the cache line of an address; any address is allowed."""
     byte = ir.IntType(8).as_pointer()
     prefetch = cgutils.get_or_insert_function(
         b.module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]), "llvm.prefetch.p0"
