@@ -76,6 +76,7 @@ class Backend(NamedTuple):
     hardware: hw.Hardware
     tokenizer: Any
     loaded: LoadedModel | None
+    threads_why: str
     bytes_per_token: float
     precision: str
 
@@ -122,7 +123,8 @@ def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: E
     model, device = backend.model, backend.hardware
     log.emit(
         ev.RunStarted, mode=executor.mode, config=effective, code=__version__, seed=config.seed, level=config.log_level,
-        hardware={"name": device.name, "bandwidth": device.bandwidth, **executor.describe()},
+        hardware={"name": device.name, "bandwidth": device.bandwidth, "threads_why": backend.threads_why,
+                  **executor.describe()},
         model={"name": model.name, "vocab_size": model.vocab_size, "eos_token_ids": list(model.eos_token_ids),
                "kv_bytes_per_token": backend.bytes_per_token, "precision": backend.precision,
                "shape": asdict(model.shape)},
@@ -180,12 +182,14 @@ def eviction_chooser(config: EngineConfig, log: EventLog) -> Any:
 def _torch_backend(config: EngineConfig) -> Backend:
     import torch
 
+    from llmlab.execution.threads import choose_threads
     from llmlab.kernels.dispatch import make_kernels
     from llmlab.models.loader import load_model
 
     device = _device(config, torch)
+    threads = choose_threads(config.num_threads)
     dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
-    kernels = make_kernels(config.kernels, device, _torch_dtype(torch, dtype), config.num_threads)
+    kernels = make_kernels(config.kernels, device, _torch_dtype(torch, dtype), threads.num_threads)
     loaded = load_model(config.model, dtype, device, kernels, config.random_weights, config.seed, config.max_model_len)
     shape = _roofline_shape(loaded)
     precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(loaded.dtype).removeprefix("torch.")]
@@ -194,7 +198,7 @@ def _torch_backend(config: EngineConfig) -> Backend:
     facts = ModelFacts(loaded.name, shape.vocab_size, loaded.max_model_len, loaded.eos_token_ids, shape)
     tokenizer = loaded.tokenizer if hasattr(loaded.tokenizer, "vocab_size") else None
     cost = RooflineCost(shape, machine, config.block_size, precision)
-    return Backend(facts, cost, machine, tokenizer, loaded, shape.kv_bytes_per_token(precision), precision)
+    return Backend(facts, cost, machine, tokenizer, loaded, threads.why, shape.kv_bytes_per_token(precision), precision)
 
 
 def _device(config: EngineConfig, torch: Any) -> str:
@@ -227,7 +231,7 @@ def _sim_backend(config: EngineConfig) -> Backend:
     dtype = {"auto": machine.default_dtype, "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[config.dtype]
     cost = RooflineCost(shape, machine, config.block_size, dtype)
     facts = ModelFacts(shape.name, shape.vocab_size, config.max_model_len or 1 << 20, (shape.vocab_size - 1,), shape)
-    return Backend(facts, cost, machine, None, None, shape.kv_bytes_per_token(dtype), dtype)
+    return Backend(facts, cost, machine, None, None, "", shape.kv_bytes_per_token(dtype), dtype)
 
 
 def _hardware(name: str) -> hw.Hardware:
