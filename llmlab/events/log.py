@@ -46,9 +46,10 @@ class EventLog:
         self.capacity = capacity
         self.step = -1
         self.num_emitted = 0
-        self._clock = clock
+        self._now = clock.now
         self._instance = instance
         self._sinks = sinks
+        self._writes = tuple(sink.write for sink in sinks)
         self._on_drop = on_drop
         self._events: deque[Event] = deque()
 
@@ -58,8 +59,8 @@ class EventLog:
         if self.level < kind.LEVEL:
             return cause
         seq = self.num_emitted
-        self.append(kind(seq=seq, t=self._clock.now(), step=self.step, instance=self._instance,
-                         request=request, cause=cause, **fields))  # fmt: skip
+        self.append(kind(seq=seq, t=self._now(), step=self.step, instance=self._instance, request=request, cause=cause,
+                         **fields))  # fmt: skip
         return seq
 
     def wants(self, kind: type[Event]) -> bool:
@@ -69,11 +70,12 @@ class EventLog:
     def append(self, event: Event) -> None:
         """Record a finished event; its `seq` must be `num_emitted`."""
         self.num_emitted += 1
-        self._events.append(event)
-        for sink in self._sinks:
-            sink.write(event)
-        if len(self._events) > self.capacity:
-            dropped = self._events.popleft()
+        events = self._events
+        events.append(event)
+        for write in self._writes:
+            write(event)
+        if len(events) > self.capacity:
+            dropped = events.popleft()
             if self._on_drop is not None:
                 self._on_drop(dropped)
 

@@ -179,12 +179,12 @@ class MetricsFold:
         request.num_preemptions += 1
 
     def _released(self, event: ev.TokensReleased) -> None:
-        request = self.requests[event.request or ""]
+        request, t = self.requests[event.request or ""], event.t
         if request.first_token is None:
-            request.first_token = event.t
-        request.last_token = event.t
+            request.first_token = t
+        request.last_token = t
         request.num_output_tokens += len(event.token_ids)
-        request.token_times.append(event.t)
+        request.token_times.append(t)
 
     def _finished(self, event: ev.RequestFinished) -> None:
         request = self.requests[event.request or ""]
@@ -194,10 +194,14 @@ class MetricsFold:
     def _planned(self, event: ev.StepPlanned) -> None:
         if event.predicted is not None:
             self._predicted[event.step] = event.predicted.seconds
+        requests = self.requests
         for item in event.items:
-            request, (start, stop) = self.requests[item.request], item.tokens
-            request.num_recomputed_tokens += max(0, min(stop, request.num_computed_tokens) - start)
-            request.num_computed_tokens = max(stop, request.num_computed_tokens)
+            request, (start, stop) = requests[item.request], item.tokens
+            computed = request.num_computed_tokens
+            if start < computed:
+                request.num_recomputed_tokens += min(stop, computed) - start
+            if stop > computed:
+                request.num_computed_tokens = stop
 
     def _step_finished(self, event: ev.StepFinished) -> None:
         self.num_steps += 1

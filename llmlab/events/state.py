@@ -17,28 +17,27 @@ _MASK = (1 << 64) - 1
 _STATUS_CODE = {status: code for code, status in enumerate(Status)}
 
 
-def mix(*numbers: int) -> int:
-    """A 64-bit fingerprint of a few integers; the same on every machine and Python version."""
-    value = 0x9E3779B97F4A7C15
-    for number in numbers:
-        value = ((value ^ (number & _MASK)) * 0xBF58476D1CE4E5B9) & _MASK
-        value ^= value >> 29
-    return value
+def mix(number: int) -> int:
+    """64 bits that look random, from an integer of any size; the same on every machine and Python version."""
+    number = (number * 0xFF51AFD7ED558CCD) & _MASK
+    number = ((number ^ (number >> 32)) * 0xC4CEB9FE1A85EC53) & _MASK
+    return number ^ (number >> 29)
 
 
 def request_fingerprint(number: int, status: Status, num_tokens: int, num_computed: int, last_token: int) -> int:
     """What `state_hash` (the XOR over all requests) says about one request."""
-    return mix(number, _STATUS_CODE[status], num_tokens, num_computed, last_token)
+    lengths = _STATUS_CODE[status] | num_tokens << 3 | num_computed << 33
+    return mix(lengths + number * 0x9E3779B97F4A7C15 + last_token * 0xD1B54A32D192ED03)
 
 
 def block_fingerprint(number: int, index: int, block_id: int) -> int:
     """What `blocks_hash` says about one entry of a block table."""
-    return mix(number, index, block_id, 1)
+    return mix((block_id << 32 | index) + number * 0x9E3779B97F4A7C15)
 
 
 def cached_fingerprint(block_id: int, block_hash: str) -> int:
     """What `blocks_hash` says about one findable block."""
-    return mix(block_id, int(block_hash[:15], 16), 0, 2)
+    return mix(int(block_hash[:16], 16) + block_id * 0xD1B54A32D192ED03)
 
 
 @dataclass

@@ -22,12 +22,11 @@ class RooflineCost:
         self._block_bytes = int(shape.kv_bytes_per_token(dtype or self.hardware.default_dtype) * block_size)
 
     def step(self, items: Sequence[WorkItem]) -> Cost:
-        query = [item.tokens[1] - item.tokens[0] for item in items]
-        kv = [item.tokens[1] for item in items]
-        logits = sum(1 for item in items if item.emit == "sample")
-        layers = None
-        if any(item.layers for item in items):
-            layers = [item.layers or Span(0, self.shape.num_layers) for item in items]
+        spans = [item.tokens for item in items]
+        query, kv = [stop - start for start, stop in spans], [stop for _, stop in spans]
+        logits = [item.emit for item in items].count("sample")
+        named = [item.layers for item in items]
+        layers = [span or Span(0, self.shape.num_layers) for span in named] if any(named) else None
         cost = self.model.step(Rows(query, kv, layers=layers, logits=logits))
         return Cost(cost.seconds, cost.flops, Traffic(hbm=cost.bytes_hbm), cost.joules, cost.bound)
 

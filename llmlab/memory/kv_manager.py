@@ -64,7 +64,7 @@ class KVManager:
 
     def num_blocks_of(self, request: str) -> int:
         table = self.tables.get(request)
-        return len(table.block_ids) if table else 0
+        return 0 if table is None else len(table.block_ids)
 
     def match(self, seq: Sequence) -> list[int]:
         """Blocks that hold the longest cached prefix of `seq`. Changes nothing; the answer is valid until
@@ -127,15 +127,15 @@ class KVManager:
 
     def grow(self, seq: Sequence, stop: int, cause: int) -> Reserved | Shortage:
         """Memory of a running request up to `stop` tokens; shared blocks that it will write are copied."""
-        table = self.tables[seq.id]
-        missing = max(0, self.blocks_for(stop) - len(table.block_ids))
-        first = seq.num_computed_tokens // self.block_size
-        shared = sum(1 for block in table.block_ids[first:] if self.pool.refs[block] > 1)
-        if missing + shared > self.pool.num_free:
-            return Shortage(missing + shared, self.pool.num_free)
-        if shared:
+        table, size, refs = self.tables[seq.request.id], self.block_size, self.pool.refs
+        missing = max(0, -(-stop // size) - len(table.block_ids))
+        shared = 0
+        for block in table.block_ids[seq.num_computed_tokens // size :]:
+            shared += refs[block] > 1
+        if missing or shared:
+            if missing + shared > self.pool.num_free:
+                return Shortage(missing + shared, self.pool.num_free)
             self._unshare(seq, table, seq.num_computed_tokens, cause)
-        if missing:
             self._extend(seq, table, (), missing, cause)
         return Reserved(stop)
 
@@ -171,12 +171,10 @@ class KVManager:
     # ------------------------------------------------------------------------------- keeping
     def commit(self, seq: Sequence, num_tokens: int) -> None:
         """The KV of the first `num_tokens` tokens is computed: make their full blocks findable."""
-        table = self.tables.get(seq.id)
-        if not self._caching or table is None or not table.block_ids:
+        table = self.tables.get(seq.request.id)
+        if table is None or num_tokens // self.block_size <= table.num_findable or not self._caching:
             return
         full = min(num_tokens // self.block_size, len(table.block_ids))
-        if full <= table.num_findable:
-            return
         hashes = chain_hashes(seq.token_ids, self.block_size, seq.block_hashes, full)
         for index in range(table.num_findable, full):
             if self.pool.cache(table.block_ids[index], hashes[index], index):

@@ -65,6 +65,9 @@ from llmlab.types import (
     WorkItem,
 )  # fmt: skip
 
+# Looking a member up in its Enum costs as much as a call, and these are needed for every request in every step.
+RUNNING, FINISHED = Status.RUNNING, Status.FINISHED
+
 
 class Policies(NamedTuple):
     """The guarded seams that the scheduler asks."""
@@ -150,11 +153,11 @@ class Scheduler:
         self._dirty[seq.request.number] = seq
 
     def _finish(self, seq: Sequence, reason: FinishReason, detail: str = "") -> None:
-        if seq.status is Status.RUNNING:
+        if seq.status is RUNNING:
             self._stop_running(seq)
         elif seq.status in QUEUED:
             self.waiting.remove(seq)
-        seq.status, seq.finish_reason = Status.FINISHED, reason
+        seq.status, seq.finish_reason = FINISHED, reason
         self.memory.release(seq, seq.cause, self._inflight_step(seq))
         del self.sequences[seq.id]
         self.log.emit(ev.RequestFinished, seq.id, seq.cause, reason=reason, num_output_tokens=seq.num_output_tokens,
@@ -191,7 +194,8 @@ class Scheduler:
         """Ask everybody who has a say, and reserve memory for the outcome."""
         self._refresh_queue(now)
         view = self._view(now)
-        running = tuple(o for r in view.running if (o := self.policies.decoding.work(r)) is not None)
+        work = self.policies.decoding.work
+        running = tuple([offer for request in view.running if (offer := work(request)) is not None])
         waiting = self._admit(view) if let_in else ()
         return self._reserve(view, self._compose(view, Offers(running, waiting)))
 
@@ -272,7 +276,7 @@ class Scheduler:
         parent = self.sequences.get(seq.request.fork_of or "")
         if parent is None or seq.status is not Status.WAITING or parent.num_computed_tokens >= parent.num_prompt_tokens:
             return False
-        if parent.status is Status.RUNNING or self.waiting.before(parent, seq):
+        if parent.status is RUNNING or self.waiting.before(parent, seq):
             self._log_wait(seq, "sibling", f"shares the prompt that {parent.id} is still computing")
             return True
         return False
@@ -399,14 +403,14 @@ class Scheduler:
         return list(planned.values())
 
     def _grow(self, view: EngineView, seq: Sequence, item: WorkItem, planned: dict[str, InFlight]) -> None:
-        while seq.status is Status.RUNNING:
+        while seq.status is RUNNING:
             got = self.memory.grow(seq, item.tokens[1], seq.cause)
             if isinstance(got, Reserved):
                 self._short.pop(item.request, None)
                 planned[item.request] = InFlight(seq, item, seq.epoch)
                 return
             if not self._make_room(view, seq, got, planned):
-                if seq.status is Status.RUNNING:
+                if seq.status is RUNNING:
                     self._short[seq.id] = None
                 return
 
@@ -501,7 +505,7 @@ class Scheduler:
             return
         ordering = self._log_ordering(seq)
         self.waiting.remove(seq)
-        seq.status, seq.waiting_reason, seq.logged_wait = Status.RUNNING, "", ""
+        seq.status, seq.waiting_reason, seq.logged_wait = RUNNING, "", ""
         self.running[seq.id] = seq
         if swapped:
             num_blocks = self.memory.num_blocks_of(seq.id)
@@ -558,7 +562,7 @@ class Scheduler:
     def _commit_item(self, flight: InFlight, result: ItemResult, plan: int) -> Update | None:
         seq, item = flight.seq, flight.item
         seq.num_pending -= item.emit == "sample"
-        if seq.status is Status.FINISHED:
+        if seq.status is FINISHED:
             return None
         self._dirty[seq.request.number] = seq
         seq.cause = plan if plan >= 0 else seq.cause
@@ -580,6 +584,8 @@ class Scheduler:
             if reason is not None:
                 accepted = accepted[:index]
                 break
+        if not accepted:
+            return Update(request.id, (), result)
         if not num_outputs:
             log.emit(ev.FirstToken, request.id, plan)
         seq.token_ids.extend(accepted)
@@ -607,7 +613,7 @@ class Scheduler:
         """The state hash, brought up to date for the requests that changed since the last call."""
         known, value = self._fingerprints, self.state_hash
         for number, seq in self._dirty.items():
-            finished, tokens = seq.status is Status.FINISHED, seq.token_ids
+            finished, tokens = seq.status is FINISHED, seq.token_ids
             computed = 0 if finished else seq.num_computed_tokens
             new = request_fingerprint(number, seq.status, len(tokens), computed, tokens[-1])
             value ^= known.get(number, 0) ^ new
@@ -623,9 +629,9 @@ class Scheduler:
         found = self.memory.problems(self.sequences)
         for seq in self.sequences.values():
             blocks = self.memory.num_blocks_of(seq.id)
-            if seq.status is Status.RUNNING and blocks < self.memory.blocks_for(seq.num_computed_tokens):
+            if seq.status is RUNNING and blocks < self.memory.blocks_for(seq.num_computed_tokens):
                 found.append(f"{seq.id} has computed {seq.num_computed_tokens} tokens but owns {blocks} blocks")
-            if seq.status is not Status.RUNNING and blocks:
+            if seq.status is not RUNNING and blocks:
                 found.append(f"{seq.id} is {seq.status} but owns {blocks} device blocks")
         if len(self.running) + len(self.waiting) != len(self.sequences):
             found.append("a live request is neither running nor queued")
