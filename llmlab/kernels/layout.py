@@ -47,12 +47,21 @@ class AttentionMetadata:
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
             raise LabError("mask", self.mask, "is not a mask", f"choose one of {', '.join(MASKS)}")
+        ints = {
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "seq_lens": self.seq_lens,
+            "block_tables": self.block_tables,
+        }
+        for name, tensor in ints.items():
+            if tensor.dtype is not torch.int32:
+                raise LabError(name, tensor.dtype, "is not the dtype of an index", "give torch.int32")
         rows = self.seq_lens.shape[0]
-        if self.cu_seqlens_q.shape[0] != rows + 1 or self.block_tables.shape[0] != rows:
-            raise ValueError(
-                f"cu_seqlens_q: {self.cu_seqlens_q.shape[0]} entries and block_tables: "
-                f"{self.block_tables.shape[0]} rows do not fit seq_lens of {rows} rows"
-            )
+        for name, have, want in (
+            ("cu_seqlens_q", self.cu_seqlens_q.shape[0], rows + 1),
+            ("block_tables", self.block_tables.shape[0], rows),
+        ):
+            if have != want:
+                raise LabError(name, have, f"entries do not fit seq_lens of {rows} rows", f"give {want}")
 
     @functools.cached_property
     def addresses(self) -> tuple[int, int, int, int, int]:
@@ -78,17 +87,20 @@ class AttentionMetadata:
     ) -> AttentionMetadata:
         """From plain lists, one entry per row; every block table covers `seq_lens[r]` positions.
 
-        The new tokens of a row are its last `query_lens[r]` positions.
+        The new tokens of a row are its last `query_lens[r]` positions. Under "full" there may be more
+        queries than KV (a short prefix, seen by a longer chunk); those before the row get slot -1.
         """
         num_q, lens = np.asarray(query_lens, np.int64), np.asarray(seq_lens, np.int64)
-        if (num_q > lens).any():
+        if mask == "causal" and (num_q > lens).any():
             row = int(np.argmax(num_q > lens))
-            raise ValueError(f"query_lens[{row}]: {num_q[row]} is more than seq_lens[{row}] = {lens[row]}")
+            problem = f"is more than seq_lens[{row}] = {lens[row]}"
+            raise LabError(f"query_lens[{row}]", int(num_q[row]), problem, "count the new tokens in both")
         tables = _rectangular(block_tables, lens, block_size)
         starts = np.concatenate(([0], np.cumsum(num_q)))
         row_of = np.repeat(np.arange(len(lens)), num_q)
         position = np.arange(starts[-1]) - starts[row_of] + (lens - num_q)[row_of]
-        slots = tables[row_of, position // block_size].astype(np.int64) * block_size + position % block_size
+        blocks = tables[row_of, np.maximum(position, 0) // block_size].astype(np.int64)
+        slots = np.where(position < 0, -1, blocks * block_size + position % block_size)
 
         def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             return torch.as_tensor(array, dtype=dtype, device=device)
@@ -108,9 +120,8 @@ def _rectangular(block_tables: Sequence[Sequence[int]], lens: np.ndarray, block_
     tables = np.zeros((len(lens), max((len(t) for t in block_tables), default=0) or 1), np.int32)
     for row, (table, length) in enumerate(zip(block_tables, lens, strict=True)):
         if len(table) * block_size < length:
-            raise ValueError(
-                f"block_tables[{row}]: {len(table)} blocks of {block_size} do not cover {length} positions"
-            )
+            problem = f"does not cover {length} positions in blocks of {block_size}"
+            raise LabError(f"block_tables[{row}]", list(table), problem)
         tables[row, : len(table)] = table
     return tables
 

@@ -118,6 +118,8 @@ def rope_store_call(
 ) -> Call:
     """`reference.rope_store` on float32 q, k, v, turned in place; caches of any of the three dtypes."""
     (tokens, q_heads, dim), (_, heads, block_size, _), half = q.shape, k_cache.shape, cos.shape[1]
+    if slot_mapping.dtype is not torch.int64:
+        raise LabError("slot_mapping", slot_mapping.dtype, "is not the dtype of a slot", "give torch.int64")
     if k.shape[1] != heads or len(slot_mapping) != tokens or len(cos) != tokens or 2 * half > dim:
         fitting = f"[{len(slot_mapping)} slots, {heads} KV heads, D] with cos of {tuple(cos.shape)}"
         raise LabError("k", tuple(k.shape), f"does not fit {fitting}")
