@@ -14,7 +14,7 @@ from llmlab.events.log import EventLog, Sink
 from llmlab.events.metrics import MetricsFold
 from llmlab.events.tracefile import TraceWriter
 from llmlab.execution.base import Executor
-from llmlab.execution.cost import RooflineCost
+from llmlab.execution.cost import RooflineCost, find_profile, is_profile, machine_here, wall_cost, warn_if_foreign
 from llmlab.execution.sim_executor import PseudoTokens, SimExecutor
 from llmlab.memory.eviction import EVICTIONS
 from llmlab.memory.kv_manager import KVManager
@@ -191,13 +191,16 @@ def _torch_backend(config: EngineConfig) -> Backend:
     dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
     kernels = make_kernels(config.kernels, device, _torch_dtype(torch, dtype), threads.num_threads)
     loaded = load_model(config.model, dtype, device, kernels, config.random_weights, config.seed, config.max_model_len)
-    shape = _roofline_shape(loaded)
+    shape = roofline_shape(loaded)
     precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(loaded.dtype).removeprefix("torch.")]
     machine = _hardware(config.hardware or ("cpu-2core" if device == "cpu" else "a10"))
     precision = precision if precision in machine.peak else machine.default_dtype
+    if is_profile(machine.name):
+        here = machine_here(torch.get_num_threads(), "cpu" if device == "cpu" else torch.cuda.get_device_name())
+        warn_if_foreign(find_profile(machine.name), shape, here)
     facts = ModelFacts(loaded.name, shape.vocab_size, loaded.max_model_len, loaded.eos_token_ids, shape)
     tokenizer = loaded.tokenizer if hasattr(loaded.tokenizer, "vocab_size") else None
-    cost = RooflineCost(shape, machine, config.block_size, precision)
+    cost = RooflineCost(shape, machine.name, config.block_size, precision)
     return Backend(facts, cost, machine, tokenizer, loaded, threads.why, shape.kv_bytes_per_token(precision), precision)
 
 
@@ -213,7 +216,8 @@ def _torch_dtype(torch: Any, name: str) -> Any:
     return torch.float16 if name == "auto" else getattr(torch, name)
 
 
-def _roofline_shape(loaded: LoadedModel) -> shapes.Shape:
+def roofline_shape(loaded: LoadedModel) -> shapes.Shape:
+    """The sizes of a loaded model, as the cost models take them."""
     shape = loaded.shape
     return shapes.Shape(
         loaded.name, shape.hidden_size, shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim,
@@ -224,19 +228,34 @@ def _roofline_shape(loaded: LoadedModel) -> shapes.Shape:
 
 def _sim_backend(config: EngineConfig) -> Backend:
     machine = _hardware(config.hardware or "t4")
-    try:
-        shape = shapes.get(config.model)
-    except RooflineError as error:
-        raise ConfigError("model", config.model, str(error), "Name a known shape for the simulator.") from None
-    dtype = {"auto": machine.default_dtype, "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[config.dtype]
-    cost = RooflineCost(shape, machine, config.block_size, dtype)
+    shape = _simulated_shape(config.model, machine.name)
+    own = next(iter(machine.peak)) if is_profile(machine.name) else machine.default_dtype
+    dtype = {"auto": own, "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[config.dtype]
+    if is_profile(machine.name) and dtype != own:
+        raise ConfigError("dtype", config.dtype, f"the profile {machine.name} was measured in {own}",
+                          "Leave dtype out, or measure a profile in that format.")  # fmt: skip
+    cost = RooflineCost(shape, machine.name, config.block_size, dtype)
     facts = ModelFacts(shape.name, shape.vocab_size, config.max_model_len or 1 << 20, (shape.vocab_size - 1,), shape)
     return Backend(facts, cost, machine, None, None, "", shape.kv_bytes_per_token(dtype), dtype)
 
 
-def _hardware(name: str) -> hw.Hardware:
+def _simulated_shape(model: str, hardware: str) -> shapes.Shape:
+    """A known shape, or the one that a profile was measured with."""
+    profile = find_profile(hardware) if is_profile(hardware) else None
     try:
-        return hw.get(name)
+        shape = profile.shape if profile is not None and profile.shape.name == model else shapes.get(model)
+    except RooflineError as error:
+        raise ConfigError("model", model, str(error), "Name a known shape for the simulator.") from None
+    if profile is not None:
+        here = machine_here(profile.machine.threads, profile.machine.device if profile.machine.device == "cpu" else "none")
+        warn_if_foreign(profile, shape, here)
+    return shape
+
+
+def _hardware(name: str) -> hw.Hardware:
+    """An entry of the table, or the machine of a profile, which goes by the name that found it."""
+    try:
+        return find_profile(name).hardware(name) if is_profile(name) else hw.get(name)
     except RooflineError as error:
         raise ConfigError("hardware", name, str(error), f"Known: {', '.join(hw.names())}.") from None
 
@@ -257,7 +276,7 @@ def _default_num_blocks(config: EngineConfig, backend: Backend) -> int:
 def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: int, num_host_blocks: int) -> Executor:
     if backend.loaded is None:
         tokens = PseudoTokens(backend.model.vocab_size, config.seed)
-        return SimExecutor(backend.cost, tokens, clock, {"device": backend.hardware.name})
+        return SimExecutor(wall_cost(backend.cost, config.overlap_depth), tokens, clock, {"device": backend.hardware.name})
     from llmlab.execution.torch_executor import TorchExecutor
 
     return TorchExecutor(backend.loaded, num_blocks, num_host_blocks, config.block_size, config.seed,
