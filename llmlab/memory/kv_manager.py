@@ -53,6 +53,8 @@ class KVManager:
         self._caching = enable_prefix_caching
         self._log = log
         self._quarantine: dict[int, list[int]] = {}
+        self._hashed = log.wants(ev.BlocksReserved)
+        self._blocks_hash = 0
 
     # ------------------------------------------------------------------------------- looking
     @property
@@ -149,11 +151,13 @@ class KVManager:
         blocks = [*hits, *(self._take(seq.id, cause) for _ in range(fresh))]
         table.block_ids.extend(blocks)
         if blocks:
+            self._toggle(seq, enumerate(blocks, start))
             self._log.emit(ev.BlocksReserved, seq.id, cause, start=start, block_ids=tuple(blocks), shared=len(hits))
 
     def _take(self, request: str, cause: int) -> int:
         block, evicted = self.pool.take()
         if evicted is not None:
+            self._toggle_cached(block, evicted)
             self._log.emit(ev.BlockEvicted, request, cause, block_id=block, hash=evicted.hex())
         return block
 
@@ -165,6 +169,7 @@ class KVManager:
                 table.block_ids[index] = new
                 table.num_findable = min(table.num_findable, index)
                 self.pool.release(old)
+                self._toggle(seq, ((index, old), (index, new)))
                 self.moves.append(Move("copy", seq.id, (old,), (new,)))
                 self._log.emit(ev.BlockReplaced, seq.id, cause, index=index, old=old, new=new)
 
@@ -178,6 +183,7 @@ class KVManager:
         hashes = chain_hashes(seq.token_ids, self.block_size, seq.block_hashes, full)
         for index in range(table.num_findable, full):
             if self.pool.cache(table.block_ids[index], hashes[index], index):
+                self._toggle_cached(table.block_ids[index], hashes[index])
                 self._log.emit(ev.BlockCached, seq.id, block_id=table.block_ids[index], hash=hashes[index].hex())
         table.num_findable = full
 
@@ -209,6 +215,7 @@ class KVManager:
         else:
             self._quarantine.setdefault(until_step, []).extend(gone)
         if gone:
+            self._toggle(seq, enumerate(reversed(gone), keep))
             self._log.emit(ev.BlocksReleased, seq.id, cause, block_ids=tuple(gone), keep=keep,
                            quarantine=until_step is not None)  # fmt: skip
 
@@ -260,10 +267,26 @@ class KVManager:
         found += self.host.problems([b for t in self.tables.values() for b in t.host_block_ids])
         known = dict.fromkeys(alive)
         found += [f"request {name} owns memory but is not alive" for name in self.tables if name not in known]
+        if self._hashed and self._blocks_hash != self.fingerprint():
+            found.append("a block table or the prefix cache changed behind the log's back")
         return found
 
+    @property
+    def blocks_hash(self) -> int:
+        """`fingerprint()`, kept up to date with every change; 0 below level 3."""
+        return self._blocks_hash
+
+    def _toggle(self, seq: Sequence, entries: Iterable[tuple[int, int]]) -> None:
+        if self._hashed:
+            for index, block in entries:
+                self._blocks_hash ^= block_fingerprint(seq.request.number, index, block)
+
+    def _toggle_cached(self, block: int, block_hash: bytes) -> None:
+        if self._hashed:
+            self._blocks_hash ^= cached_fingerprint(block, block_hash.hex())
+
     def fingerprint(self) -> int:
-        """XOR over all tables and findable blocks; see `LabState.blocks_hash`."""
+        """XOR over all tables and findable blocks, from scratch; see `LabState.blocks_hash`."""
         value = 0
         for name, table in self.tables.items():
             number = self._numbers[name]

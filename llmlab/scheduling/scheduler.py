@@ -63,6 +63,7 @@ from llmlab.types import (
     StepPlan,
     StepResult,
     WorkItem,
+    total_tokens,
 )  # fmt: skip
 
 # Looking a member up in its Enum costs as much as a call, and these are needed for every request in every step.
@@ -179,7 +180,7 @@ class Scheduler:
         planned = self._plan(now, let_in=True)
         while not planned and self.running and not self.inflight and not self.memory.moves:
             planned = self._plan(now, let_in=False)  # whoever was chosen found no memory: let those who run go on
-        plan = StepPlan(self.next_step, tuple(f.item for f in planned), self.memory.take_moves())
+        plan = StepPlan(self.next_step, tuple([flight.item for flight in planned]), self.memory.take_moves())
         idle = not plan.items and not plan.moves
         if not idle or self.log.num_emitted > mark:
             self._log_plan(plan, now)
@@ -213,7 +214,7 @@ class Scheduler:
         if not self.log.wants(ev.StepPlanned):
             return
         self.plan_seq[plan.step] = self.log.emit(
-            ev.StepPlanned, now=now, items=plan.items, moves=plan.moves, num_tokens=plan.num_tokens,
+            ev.StepPlanned, now=now, items=plan.items, moves=plan.moves, num_tokens=total_tokens(plan.items),
             num_running=len(self.running), num_waiting=len(self.waiting), free_blocks=self.memory.pool.num_free,
             predicted=self._price(plan),
         )  # fmt: skip
@@ -556,7 +557,7 @@ class Scheduler:
             if update is not None:
                 updates.append(update)
         self.memory.collected(result.step)
-        self._log_finish(result, plan, sum(flight.item.num_tokens for flight in flights))
+        self._log_finish(result, plan, total_tokens([flight.item for flight in flights]))
         return updates
 
     def _commit_item(self, flight: InFlight, result: ItemResult, plan: int) -> Update | None:
@@ -603,7 +604,7 @@ class Scheduler:
         pool = self.memory.pool
         self.log.emit(
             ev.StepFinished, cause=plan, plan=plan, results=result.results, measured=result.durations,
-            state_hash=self.settle_hash() if foldable else 0, blocks_hash=self.memory.fingerprint() if self.log.level >= 3 else 0,
+            state_hash=self.settle_hash() if foldable else 0, blocks_hash=self.memory.blocks_hash,
             num_tokens=num_tokens, num_running=len(self.running), num_waiting=len(self.waiting),
             used_blocks=pool.num_blocks - pool.num_free,
         )  # fmt: skip

@@ -121,7 +121,7 @@ class Watch:
         assert scheduler.settle_hash() == state.state_hash
         self._compare_requests()
         if self.engine.log.level >= 3:
-            assert scheduler.memory.fingerprint() == state.blocks_hash
+            assert scheduler.memory.fingerprint() == scheduler.memory.blocks_hash == state.blocks_hash
             assert {b: h.hex() for h, b in scheduler.memory.pool.by_hash.items()} == state.cached
 
     def _compare_requests(self) -> None:

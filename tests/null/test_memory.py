@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from llmlab.clock import VirtualClock
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
+from llmlab.events.state import block_fingerprint, cached_fingerprint, request_fingerprint
 from llmlab.memory.block_pool import EVICTION_WINDOW, BlockPool
 from llmlab.memory.block_table import slots
 from llmlab.memory.eviction import EVICTIONS
@@ -209,6 +210,9 @@ def test_slots_follow_the_block_table() -> None:
 
 
 # ---------------------------------------------------------------------------------------- the manager
+FINGERPRINTS = (0xe87df0a01d8820dd, 0x160c8c1445fcd794, 0x16bd8279462ae266)
+
+
 class Fixture:
     """A manager with its log, and sequences made to measure."""
 
@@ -357,14 +361,38 @@ def test_truncating_gives_back_the_tail_and_keeps_the_head_findable() -> None:
     assert (released.keep, len(released.block_ids)) == (2, 1)
 
 
-def test_the_incremental_fingerprint_is_the_one_from_scratch() -> None:
+def test_the_blocks_hash_follows_every_change() -> None:
     f = Fixture()
+    seen = [f.memory.blocks_hash]
     a = f.computed(f.sequence(range(9)))
+    seen.append(f.memory.blocks_hash)
     b = f.computed(f.sequence([*range(8), 5, 6]))
-    before = f.memory.fingerprint()
+    seen.append(f.memory.blocks_hash)
     f.memory.release(a, -1)
-    assert f.memory.fingerprint() != before
+    seen.append(f.memory.blocks_hash)
     f.memory.release(b, -1)
-    left = f.memory.fingerprint()
-    assert left != 0  # the cached blocks are part of it
-    assert Fixture().memory.fingerprint() == 0
+    seen.append(f.memory.blocks_hash)
+    assert seen[0] == 0 and len(set(seen)) == 5  # the cached blocks that are left are part of it
+    assert f.memory.blocks_hash == f.memory.fingerprint() and f.memory.problems([]) == []
+    c = f.computed(f.sequence(range(9)))
+    f.memory.tables[c.id].block_ids.reverse()
+    assert any("behind the log's back" in p for p in f.memory.problems([c.id]))
+
+
+@given(values=st.lists(st.tuples(*[st.integers(0, 40)] * 4), min_size=2, max_size=2, unique=True))
+def test_fingerprints_of_different_states_differ(values: list[tuple[int, ...]]) -> None:
+    a, b = (request_fingerprint(n, Status.RUNNING, t, c, last) for n, t, c, last in values)
+    assert a != b and a ^ b != request_fingerprint(0, Status.WAITING, 0, 0, 0)
+    x, y = (block_fingerprint(*value[:3]) for value in values)
+    assert (x == y) == (values[0][:3] == values[1][:3])
+
+
+def test_fingerprints_are_the_same_on_every_machine() -> None:
+    assert request_fingerprint(3, Status.RUNNING, 300, 299, 7) == FINGERPRINTS[0]
+    assert block_fingerprint(3, 2, 1) == FINGERPRINTS[1]
+    assert cached_fingerprint(5, "00ff" * 8) == FINGERPRINTS[2]
+
+
+def test_no_two_of_a_million_states_share_a_fingerprint() -> None:
+    found = {request_fingerprint(n, Status.RUNNING, t, t - 1, last) for n in range(100) for t in range(1, 101) for last in range(100)}
+    assert len(found) == 1_000_000
