@@ -86,7 +86,7 @@ def take_tour(choices: Choices, console: Console) -> bool:
     """
     config = engine_config(**{"log_level": 3, **choices.engine})
     console.print(f"\n[bold]llmlab[/bold]: {count(choices.requests, 'request')}, one engine, too little KV memory", style="cyan")
-    with working(f"Loading {config.model}"):
+    with working(f"Loading {config.model} (the first time on a machine, kernels are compiled: about 10 s)"):
         guests = invite(config, choices.requests)
         pool = pool_for(config, guests)
         choices.out.mkdir(parents=True, exist_ok=True)
@@ -240,8 +240,7 @@ def _kernels_line(engine: Engine) -> str:
 
 def serve(engine: Engine, guests: Sequence[Guest], console: Console) -> dict[str, str] | None:
     """Answers by request id, in the order of the guests; None after Ctrl-C, when everything was aborted."""
-    arrival = engine.clock.now()
-    texts = {_ask(engine, guest, arrival): "" for guest in guests}
+    texts = {_ask(engine, guest): "" for guest in guests}
     finished = 0
     with listening() as interrupt, following(engine, len(guests), console, plain=True) as progress:
         while engine.has_unfinished_requests():
@@ -258,9 +257,8 @@ def serve(engine: Engine, guests: Sequence[Guest], console: Console) -> dict[str
     return texts
 
 
-def _ask(engine: Engine, guest: Guest, arrival: float) -> str:
-    sampling = SamplingParams(max_tokens=guest.max_tokens, temperature=0.0)
-    return engine.add_request({"prompt_token_ids": guest.prompt_token_ids}, sampling, arrival=arrival)
+def _ask(engine: Engine, guest: Guest) -> str:
+    return engine.add_request({"prompt_token_ids": guest.prompt_token_ids}, SamplingParams(max_tokens=guest.max_tokens, temperature=0.0))
 
 
 def _abort(engine: Engine, names: Iterable[str]) -> None:
@@ -330,12 +328,12 @@ _TICKS = {False: {True: "✓", False: "✗"}, True: {True: "y", False: "n"}}
 
 
 def asked(problem: Problem) -> str:
-    """The question, without control words; of a document its end, where the question stands."""
+    """The question, without control words; of a document its last sentence, where the question stands."""
     text = problem.prompt
     for word in CONTROL_WORDS:
         text = text.replace(word, "")
     if problem.suite == "doc":
-        return f"({len(text):,} characters){text[text.rindex('.') + 1 :]}" if "." in text else text
+        return f"…{text[text.rfind('.') + 1 :].strip()}"
     return text
 
 

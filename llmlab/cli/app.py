@@ -24,7 +24,7 @@ class LabGroup(TyperGroup):
             _say(str(error))
             raise typer.Exit(USAGE) from None
         except KeyboardInterrupt:
-            _say("interrupted")
+            _say("interrupted", "")
             raise typer.Exit(INTERRUPTED) from None
         except OSError as error:
             if error.errno == errno.EPIPE or error.filename is None:
@@ -33,12 +33,12 @@ class LabGroup(TyperGroup):
             raise typer.Exit(USAGE) from None
 
 
-def _say(text: str) -> None:
+def _say(text: str, label: str = "error: ") -> None:
     from rich.text import Text
 
     from llmlab.cli.console import stderr
 
-    stderr().print(Text("error: ", "bold red").append(text, "default not bold"), soft_wrap=True)
+    stderr().print(Text(label, "bold red").append(text, "default not bold"), soft_wrap=True)
 
 
 app = typer.Typer(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from llmlab.cli.console import stderr
 
@@ -24,11 +25,12 @@ class RunProgress:
 
     def __init__(self, engine: Engine, total: int, console: Console, plain: bool) -> None:
         self._engine, self._total, self._console, self._plain = engine, total, console, plain
-        self._began, self._looked = time.perf_counter(), 0.0
+        self._began, self._looked = engine.clock.now(), 0.0
         self._quarter = 0
         self.finished = 0
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+            BarColumn(bar_width=12), MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total)) + 1)),
+            TextColumn("{task.fields[status]}"),
             console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal, refresh_per_second=10,
         )  # fmt: skip
         self._task = self.bar.add_task("serving", total=total, status="")
@@ -51,7 +53,7 @@ class RunProgress:
         pool = engine.scheduler.memory.pool
         tokens = sum(r.num_output_tokens for r in engine.metrics.requests.values())
         used = (pool.num_blocks - pool.num_free) / pool.num_blocks
-        rate = tokens / max(1e-9, time.perf_counter() - self._began)
+        rate = tokens / max(1e-9, engine.clock.now() - self._began)  # of a simulation: in its own time
         return (f"step {engine.scheduler.next_step}, {engine.num_running} running, {engine.num_waiting} waiting, "
                 f"KV {used:.0%}, {rate:,.0f} tok/s")  # fmt: skip
 

@@ -14,7 +14,7 @@ import typer
 from llmlab.cli.options import engine_options
 
 if TYPE_CHECKING:
-    from llmlab.cli.answers import Answers
+    from llmlab.cli.answers import Answers, Asked
     from llmlab.cli.jobs import Job
     from llmlab.cli.progress import RunProgress
     from llmlab.config import EngineConfig
@@ -54,7 +54,7 @@ class Output(NamedTuple):
 
     as_json: bool
     stream: bool
-    metrics: bool
+    drawn: bool
     report: Path | None
 
 
@@ -106,7 +106,7 @@ def run(
     drawn = None if requests is None else Drawn(requests, rate, prompt_len, output_len, shared_prefix)
     jobs = _jobs(prompts or [], file, sampling, chat, drawn)
     config = engine_config(**engine, trace=None if trace is None else str(trace))
-    if not _serve(config, jobs, Output(as_json, stream, drawn is not None and not as_json, report)):
+    if not _serve(config, jobs, Output(as_json, stream, drawn is not None, report)):
         raise typer.Exit(130)
 
 
@@ -133,7 +133,7 @@ def _serve(config: EngineConfig, jobs: Callable[[Engine], list[Job]], output: Ou
         engine = Engine(config)
     with engine:
         served = _drive(engine, jobs(engine), output)
-    if output.metrics:
+    if output.drawn and not output.as_json:
         _print_metrics(_recorded(engine))
     if output.report is not None:
         _write_report(_recorded(engine), served, output.report)
@@ -142,20 +142,18 @@ def _serve(config: EngineConfig, jobs: Callable[[Engine], list[Job]], output: Ou
 
 
 def _drive(engine: Engine, jobs: Sequence[Job], output: Output) -> Served:
-    from llmlab.cli.answers import Asked
     from llmlab.cli.console import listening
     from llmlab.cli.progress import following
 
-    ids = queue(engine, jobs)
+    asked = queue(engine, jobs, skip_refused=output.drawn)
     on_screen = sys.stdout.isatty() and sys.stderr.isatty()
     # A live bar and answers on the same terminal would overwrite each other: hold the answers, or leave the bar out.
     held = io.StringIO() if on_screen and not output.stream else None
-    asked = [Asked(name, job.title) for name, job in zip(ids, jobs, strict=True)]
-    answers = None if output.metrics else _answers(asked, output, held or sys.stdout)
-    bar = nullcontext(None) if on_screen and output.stream else following(engine, len(ids))
+    answers = None if output.drawn and not output.as_json else _answers(asked, output, held or sys.stdout)
+    bar = nullcontext(None) if on_screen and output.stream else following(engine, len(asked))
     with listening() as interrupt, bar as progress:
         texts: dict[str, str] = {}
-        whole = _loop(engine, ids, texts, answers, progress, lambda: interrupt.pressed)
+        whole = _loop(engine, [a.id for a in asked], texts, answers, progress, lambda: interrupt.pressed)
     if answers is not None:
         answers.close()
     if held is not None:
@@ -163,21 +161,27 @@ def _drive(engine: Engine, jobs: Sequence[Job], output: Output) -> Served:
     return Served({a.id: a.title for a in asked}, texts, whole)
 
 
-def queue(engine: Engine, jobs: Sequence[Job]) -> list[str]:
-    """Add all jobs; their ids. Raises RequestError that names the job."""
+def queue(engine: Engine, jobs: Sequence[Job], skip_refused: bool) -> list[Asked]:
+    """Add all jobs. One that is refused is left out with a word on stderr, or else raises RequestError naming it."""
+    from llmlab.cli.answers import Asked
+    from llmlab.cli.console import stderr
     from llmlab.types import LabError, RequestError
 
-    now = engine.clock.now()
-    ids: list[str] = []
     if engine.config.executor == "sim" and any(job.title for job in jobs):
         raise RequestError("executor", "sim", "a simulation reads no text, it has no tokenizer",
                            "Draw a workload with --requests N, or give prompt_token_ids in a .jsonl file.")  # fmt: skip
+    now = engine.clock.now()
+    asked: list[Asked] = []
     for job in jobs:
         try:
-            ids.append(engine.add_request(job.prompt, job.sampling, arrival=now + (job.arrival or 0.0), metadata=job.metadata))
+            name = engine.add_request(job.prompt, job.sampling, arrival=now + (job.arrival or 0.0), metadata=job.metadata)
+            asked.append(Asked(name, job.title))
         except LabError as error:
-            raise RequestError(f"{job.source}: {error.field}", error.value, error.problem, error.way_out) from None
-    return ids
+            refused = RequestError(f"{job.source}: {error.field}", error.value, error.problem, error.way_out)
+            if not skip_refused:
+                raise refused from None
+            stderr().print(f"left out: {refused}", style="yellow", markup=False)
+    return asked
 
 
 def _loop(engine: Engine, ids: Sequence[str], texts: dict[str, str], answers: Answers | None,
@@ -199,7 +203,7 @@ def _loop(engine: Engine, ids: Sequence[str], texts: dict[str, str], answers: An
     return not aborted
 
 
-def _answers(asked: Sequence[Any], output: Output, out: Any) -> Answers:
+def _answers(asked: Sequence[Asked], output: Output, out: Any) -> Answers:
     from llmlab.cli.answers import JsonAnswers, TextAnswers
 
     if output.as_json:

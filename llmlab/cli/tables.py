@@ -49,7 +49,8 @@ def facts_table(facts: Iterable[Fact], title: str = "") -> Table:
 def metric_facts(m: RunMetrics, num_blocks: int) -> list[Fact]:
     """A run's metrics with units, as people read them."""
     facts = [
-        Fact("duration", seconds(m.duration), f"{m.num_finished} of {m.num_requests} requests finished"),
+        Fact("duration", seconds(m.duration), f"{m.num_finished} of {m.num_requests} requests finished"
+             + (f", {m.num_refused} refused" if m.num_refused else "")),
         Fact("steps", f"{m.num_steps}", f"{m.mean_batch:.1f} tokens in a step on average"),
         Fact("output", f"{m.output_throughput:,.0f} tok/s", f"{m.output_tokens:,} tokens"),
         Fact("prompts and output", f"{m.total_token_throughput:,.0f} tok/s", f"{m.prompt_tokens:,} prompt tokens"),

@@ -110,6 +110,14 @@ def test_every_option_reaches_the_engine(tmp_path: Path) -> None:
     assert (config["enable_prefix_caching"], config["overlap_depth"], config["seed"]) == (False, 1, 5)
 
 
+def test_drawn_requests_that_can_never_fit_are_left_out() -> None:
+    result = call(*SIM, "--requests", "20", "--prompt-len", "10,200", "--output-len", "2", "--num-blocks", "8")
+    assert result.exit_code == 0, result.output
+    refused = int(re.search(r"(\d+) refused", result.output).group(1))
+    assert result.output.count("left out: request ") == refused > 0
+    assert f"{20 - refused} of {20 - refused} requests finished" in result.output
+
+
 def test_json_lines_come_in_the_order_of_the_prompts(tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt_token_ids": [1, 2, 3], "max_tokens": 9}\n\n{"prompt_token_ids": [4], "max_tokens": 2}\n')
