@@ -181,7 +181,9 @@ def ranking(real: dict[str, float], sim: dict[str, float]) -> dict[str, Any]:
 
 def factor(raw: Any, profile: Any, part: str) -> float:
     """What calibration multiplied a part with."""
-    before, after = ((getattr(p, part) if part != "attention" else p.attention.curves[0]).seconds[0] for p in (raw, profile))
+    before, after = (
+        (getattr(p, part) if part != "attention" else p.attention.curves[0]).seconds[0] for p in (raw, profile)
+    )
     return float(after / before)
 
 
@@ -205,7 +207,9 @@ def show(answer: dict[str, Any]) -> None:
     for name, error in answer["steps"].items():
         print(f"  steps of B by {name:<11} median error {error['median']:6.1%}   P90 {error['p90']:6.1%}   "
               f"sum predicted / measured {error['total']:.3f}   ({error['count']} steps)")  # fmt: skip
-    print("  setting          " + "".join(f"{k:>28}" for k in ("p50_ttft", "p90_ttft", "p50_e2e", "p90_e2e", "mean_e2e")))
+    print(
+        "  setting          " + "".join(f"{k:>28}" for k in ("p50_ttft", "p90_ttft", "p50_e2e", "p90_e2e", "mean_e2e"))
+    )
     for name, found in answer["latency"].items():
         cells = ""
         for key in ("p50_ttft", "p90_ttft", "p50_e2e", "p90_e2e", "mean_e2e"):

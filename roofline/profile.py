@@ -51,7 +51,9 @@ class Curve:
 
     def __post_init__(self) -> None:
         if not self.x or len(self.x) != len(self.seconds):
-            raise RooflineError(f"x and seconds must be equally long and not empty, got {len(self.x)}, {len(self.seconds)}")
+            raise RooflineError(
+                f"x and seconds must be equally long and not empty, got {len(self.x)}, {len(self.seconds)}"
+            )
         for name, values in (("x", self.x), ("seconds", self.seconds)):
             for value in values:
                 positive(name, value)
@@ -168,7 +170,6 @@ class Machine:
         return f"{where}, {self.cores} cores, {self.threads} threads, host {self.host}"
 
 
-
 @dataclass(frozen=True)
 class Profile:
     """What one machine takes for one model. Seconds; `copies` by bytes, one way. `engine` is the time outside of the
@@ -218,7 +219,9 @@ class Profile:
         """Return the machine as an entry of the hardware table: measured ceilings, power and latencies of `base`."""
         base = get_hardware(self.base)
         measured = f"measured {self.date} on {self.machine}"
-        rate = max(2 * n * p.depth * p.columns / s for p in self.products for n, s in zip(p.by_rows.x, p.by_rows.seconds))
+        rate = max(
+            2 * n * p.depth * p.columns / s for p in self.products for n, s in zip(p.by_rows.x, p.by_rows.seconds)
+        )
         large = max(self.products, key=lambda p: p.depth * p.columns)
         width = Precision.parse(self.dtype).weight_bytes
         sources = {**base.sources, "peak": measured, "bandwidth": measured + ": weights read at one row"}
@@ -304,7 +307,9 @@ class ProfileCost:
                 seconds = known[key] = self._attention.at(*key)
             total += seconds
         if rows.pairs is not None:
-            total *= rows.total_pairs() / Rows(rows.query, [max(a, b) for a, b in zip(rows.query, rows.kv)]).total_pairs()
+            total *= (
+                rows.total_pairs() / Rows(rows.query, [max(a, b) for a, b in zip(rows.query, rows.kv)]).total_pairs()
+            )
         return total
 
     def transfer_seconds(self, num_bytes: float, link: str = "host") -> float:
@@ -321,9 +326,9 @@ def same_sizes(a: Shape, b: Shape) -> bool:
 class _Moved:
     """A profile carried over to another shape.
 
-    Matrix products come from the measured ones (a power law in the number of weights at equal rows). What a measured
-    step took beyond its products grows with the layers, and, as far as it grew with the tokens, with the width, too.
-    Attention grows with layers, heads and head width.
+    Matrix products come from the measured ones (a power law in the number of weights at equal rows), brought down where
+    those of the own shape would exceed its measured step. What a step took beyond its products grows with the layers,
+    and, as far as it grew with the tokens, with the width, too. Attention grows with layers, heads and head width.
     """
 
     def __init__(self, profile: Profile, shape: Shape) -> None:
@@ -339,7 +344,8 @@ class _Moved:
         if tokens <= 0:
             return 0.0
         rest = self._first * self._layers + (self._beyond(tokens) - self._first) * self._width
-        return self._products(self._shape, tokens) + max(0.0, rest)
+        own = self._profile.tokens.at(tokens) / self._products(self._profile.shape, tokens)
+        return min(1.0, own) * self._products(self._shape, tokens) + max(0.0, rest)
 
     def emit(self, rows: float) -> float:
         """Return the seconds of scores and sampling."""
@@ -483,7 +489,10 @@ class _Reader:
         if not isinstance(data, dict):
             raise self._fail(where, f"must be an object, got {data!r:.60}")
         known = [f.name for f in fields(kind)]
-        for word, names in (("lacks", [n for n in known if n not in data]), ("has unknown", [n for n in data if n not in known])):
+        for word, names in (
+            ("lacks", [n for n in known if n not in data]),
+            ("has unknown", [n for n in data if n not in known]),
+        ):
             if names:
                 raise self._fail(where, f"{word} {', '.join(names)}")
 
@@ -534,7 +543,9 @@ class _Reader:
             where = f"products[{i}]"
             self._names(Product, entry, where)
             sizes = {n: self._typed(entry[n], "int", f"{where}.{n}") for n in ("depth", "columns")}
-            found.append(self._build(Product, {**sizes, "by_rows": self._curve(entry["by_rows"], f"{where}.by_rows")}, where))
+            found.append(
+                self._build(Product, {**sizes, "by_rows": self._curve(entry["by_rows"], f"{where}.by_rows")}, where)
+            )
         return tuple(found)
 
     def _copies(self, data: Any) -> dict[str, Curve]:
@@ -546,4 +557,3 @@ class _Reader:
         if not isinstance(data, dict):
             raise self._fail("software", f"must be an object, got {data!r:.60}")
         return {name: self._typed(text, "str", f"software.{name}") for name, text in data.items()}
-

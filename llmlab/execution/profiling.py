@@ -51,7 +51,7 @@ CONTEXTS = (0, 16, 64, 256, 1024, 4096)
 EMITS = (1, 2, 4, 8, 16, 32, 64)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 PRODUCT_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PRODUCTS = ((128, 512), (512, 1024), (1024, 4096), (2048, 8192))  # depth, columns: 64 Ki to 16 Mi weights
+PRODUCTS = ((128, 128), (128, 512), (512, 1024), (1024, 4096), (2048, 8192))  # depth, columns: 16 Ki to 16 Mi weights
 MOVED_BLOCKS = (1, 4, 16, 64, 256)
 CACHE_BYTES = 384 << 20  # of KV that the measurements may use
 
@@ -88,7 +88,9 @@ class Stopwatch:
         """Median seconds of each of `calls`, taken in turns, so that a drift of the machine meets all alike."""
         times: list[list[float]] = [[] for _ in calls]
         began = time.perf_counter()
-        while len(times[0]) < MIN_REPEATS or (len(times[0]) < MAX_REPEATS and time.perf_counter() - began < POINT_SECONDS):
+        while len(times[0]) < MIN_REPEATS or (
+            len(times[0]) < MAX_REPEATS and time.perf_counter() - began < POINT_SECONDS
+        ):
             for call, found in zip(calls, times):
                 self.wait()
                 start = time.perf_counter()
@@ -109,8 +111,8 @@ class Lens(NamedTuple):
 class Batches:
     """Step batches of any lengths, over blocks of one cache. Rows share blocks only if the cache is too small."""
 
-    def __init__(self, block_size: int, num_blocks: int) -> None:
-        self._block_size, self._num_blocks = block_size, num_blocks
+    def __init__(self, block_size: int, num_blocks: int, vocab_size: int) -> None:
+        self._block_size, self._num_blocks, self._vocab_size = block_size, num_blocks, vocab_size
         self._count = 0
 
     def blocks(self, spans: Sequence[Lens]) -> list[tuple[int, ...]]:
@@ -128,7 +130,7 @@ class Batches:
         for i, (span, table) in enumerate(zip(spans, self.blocks(spans))):
             self._count += 1
             names.append(f"p{self._count}")
-            prompt = tuple((7 * j + i) % 97 + 3 for j in range(span.kv))
+            prompt = tuple((7919 * j + i) % self._vocab_size for j in range(span.kv))
             request = Request(names[-1], self._count, prompt, SamplingParams(temperature=0.0))
             emit: Any = "sample" if i < emitting else "none"
             item = WorkItem(names[-1], Span(span.kv - span.query, span.kv), emit=emit)
@@ -156,9 +158,11 @@ class Bench:
         self.executor = TorchExecutor(loaded, self.num_blocks, MOVED_BLOCKS[-1], block_size, 0, asynchronous=False)
         self.max_len = min(loaded.max_model_len, self.num_blocks * block_size)
         self.max_tokens = min(max_tokens, self.max_len)
-        self.batches = Batches(block_size, self.num_blocks)
+        self.batches = Batches(block_size, self.num_blocks, shape.vocab_size)
 
-    def caller(self, spans: Sequence[Lens], emitting: int, parts: list[dict[str, float]] | None = None) -> Callable[[], None]:
+    def caller(
+        self, spans: Sequence[Lens], emitting: int, parts: list[dict[str, float]] | None = None
+    ) -> Callable[[], None]:
         """A call that runs one step, and notes its parts."""
         batch = self.batches.make(spans, emitting)
         again = batch._replace(forget=tuple(row.request.id for row in batch.rows))
@@ -288,7 +292,9 @@ class Bench:
             for count in MOVED_BLOCKS:
                 behind = self.num_blocks - count if kind == "copy" else 0
                 move = Move(kind, "p", tuple(range(count)), tuple(range(behind, behind + count)))  # type: ignore[arg-type]
-                points[count * self.block_bytes] = self.watch.seconds(lambda move=move: self.executor.cache.move([move]))  # type: ignore[misc]
+                points[count * self.block_bytes] = self.watch.seconds(
+                    lambda move=move: self.executor.cache.move([move])
+                )  # type: ignore[misc]
             found[name] = _curve(points)
         return found
 
@@ -323,14 +329,18 @@ def num_points(device: str) -> int:
     return attention + len(TOKENS) + len(EMITS) + len(PRODUCTS) + 5
 
 
-def measure(loaded: LoadedModel, shape: Shape, block_size: int = 16, max_tokens: int = 512, progress: Progress | None = None) -> Profile:
+def measure(
+    loaded: LoadedModel, shape: Shape, block_size: int = 16, max_tokens: int = 512, progress: Progress | None = None
+) -> Profile:
     """Measure `loaded` on its device, some 20 to 100 s. `shape`: its sizes (`llmlab.assembly` knows how to get them).
 
     `max_tokens`: new tokens of the largest step to be measured. The engine's own time is not known yet: see
     `roofline.profile.calibrated`. Raises RooflineError if a step fails.
     """
     device = loaded.device
-    bench = Bench(loaded, shape, block_size, max_tokens, Stopwatch(device, num_points(device.type), progress or _silent))
+    bench = Bench(
+        loaded, shape, block_size, max_tokens, Stopwatch(device, num_points(device.type), progress or _silent)
+    )
     gc.collect()
     with torch.inference_mode():
         bench.watch.seconds(bench.caller([Lens(1, 1)], 1))  # compile, touch all weights
@@ -357,7 +367,12 @@ def _precision(dtype: torch.dtype) -> str:
 def _software() -> dict[str, str]:
     import llmlab
 
-    return {"llmlab": llmlab.__version__, "torch": torch.__version__, "python": platform.python_version(), "numpy": np.__version__}
+    return {
+        "llmlab": llmlab.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
 
 
 def _memory_bytes(device: torch.device) -> float:
@@ -428,7 +443,9 @@ def loaded_for(config: EngineConfig) -> LoadedModel:
     on_gpu = config.device == "cuda"
     dtype = config.dtype if config.dtype != "auto" else ("float16" if on_gpu else "float32")
     kernels = make_kernels(config.kernels, config.device, getattr(torch, dtype), config.num_threads)
-    return load_model(config.model, dtype, config.device, kernels, config.random_weights, config.seed, config.max_model_len)
+    return load_model(
+        config.model, dtype, config.device, kernels, config.random_weights, config.seed, config.max_model_len
+    )
 
 
 def probe(profile: Profile, seconds: float = 12.0) -> Workload:
