@@ -102,11 +102,13 @@ def working_points(gates: Sequence[Gate]) -> list[str]:
 
 
 def run(directory: Path, n: int, cells: Sequence[Cell] = CELLS) -> Card:
-    """Measure all cells and write them into the card."""
+    """Measure all cells; the card is written after each, so that an interrupted run leaves what it found."""
     card, answerer = load_card(directory), Answerer(directory)
-    gates = [measure(answerer, cell, card.name, n if cell.method != "majority16" else n // 2) for cell in cells]
-    card = msgspec.structs.replace(card, gates=gates, working_points=working_points(gates))
-    save_card(card, directory)
+    gates: list[Gate] = []
+    for cell in cells:
+        gates.append(measure(answerer, cell, card.name, n if cell.method != "majority16" else n // 2))
+        card = msgspec.structs.replace(card, gates=gates, working_points=working_points(gates))
+        save_card(card, directory)
     return card
 
 
