@@ -85,8 +85,8 @@ def take_tour(choices: Choices, console: Console) -> bool:
     Raises ConfigError, ModelError, RequestError, OSError.
     """
     config = engine_config(**{"log_level": 3, **choices.engine})
-    console.print(f"\n[bold]llmlab[/bold]: {count(choices.requests, 'request')}, one engine, too little KV memory", style="cyan")
-    with working(f"Loading {config.model} (the first time on a machine, kernels are compiled: about 10 s)"):
+    console.print(f"\n[bold]llmlab[/bold]: {count(choices.requests, 'request')}, one engine, a small KV pool", style="cyan")
+    with working(f"Loading {config.model} (kernels are compiled the first time)"):
         guests = invite(config, choices.requests)
         pool = pool_for(config, guests)
         choices.out.mkdir(parents=True, exist_ok=True)

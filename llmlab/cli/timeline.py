@@ -75,7 +75,9 @@ class Timeline:
         for name in names:
             metrics = run.requests[name]
             rows.append(Row(name, run.why(name).stretches, "" if metrics.e2e is None else seconds(metrics.e2e)))
-        usage = [Use(s.start, s.end, s.used_blocks) for s in run.steps if s.end is not None]
+        done = [s for s in run.steps if s.end is not None]
+        ends = [s.start for s in done[1:]] + [s.end or s.start for s in done[-1:]]  # blocks are held between steps, too
+        usage = [Use(s.start, end, s.used_blocks) for s, end in zip(done, ends, strict=True)]
         begin = min((m.arrival for m in run.requests.values()), default=0.0)
         num_blocks = int(run.started.config.get("num_blocks") or 0)
         return cls(rows, usage, num_blocks, begin, run.log_events[-1].t)
