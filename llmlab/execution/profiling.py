@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,11 +44,13 @@ from roofline.shapes import Shape
 if TYPE_CHECKING:
     from llmlab.workloads.source import Load
 
-POINT_SECONDS = 0.35  # budget of one point; at least MIN_REPEATS are made whatever they take
+POINT_SECONDS = 0.2  # budget of one point; at least MIN_REPEATS are made whatever they take
 MIN_REPEATS, MAX_REPEATS = 4, 25
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 QUERIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (0, 16, 64, 256, 1024, 4096)
+DECODE_CONTEXTS = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+KV_TOKENS = 4096  # that the rows of one attention call see together: what a small engine's batch holds
 EMITS = (1, 2, 4, 8, 16, 32, 64)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 PRODUCT_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -187,14 +190,15 @@ class Bench:
         for query in queries:
             self.watch.point(f"{what}, {query} new tokens")
             points = {}
-            for context in sorted({min(c, self.max_len - query) for c in CONTEXTS}):
+            contexts = DECODE_CONTEXTS if query == 1 else CONTEXTS
+            for context in sorted({min(c, self.max_len - query) for c in contexts}):
                 points[query + context] = self._row_seconds(Lens(query, query + context), base, kernels, caches, device)
             curves.append(_curve(points))
         return AttentionTable(tuple(queries), tuple(curves))
 
     def _row_seconds(self, span: Lens, base: float, kernels: Kernels, caches: Any, device: Any) -> float:
         room = self.num_blocks * self.block_size // max(span.kv, self.block_size)
-        rows = max(1, min(32, room, 2048 // span.query, 65536 // span.kv))
+        rows = max(1, min(32, room, 2048 // span.query, KV_TOKENS // span.kv))
         call = self._attention_call([span] * (rows + 1), kernels, caches, device)
         one = self._attention_call([span], kernels, caches, device) if rows > 1 else None
         if one is None:
@@ -252,7 +256,7 @@ class Bench:
         points = {}
         for count in EMITS:
             self.watch.point(f"scores, {count} tokens")
-            spans = [Lens(1, 1)] * count
+            spans = [Lens(1, min(64, self.max_len))] * count
             with_them, without = self.watch.together([self.caller(spans, count), self.caller(spans, 0)])
             points[count] = max(with_them - without, 1e-7)
         return _curve(points)
@@ -268,7 +272,7 @@ class Bench:
         layer, points = self.kernels.linear(weight), {}
         for rows in PRODUCT_ROWS:
             x = torch.randn(rows, depth).to(device=self.device, dtype=self.loaded.dtype)
-            points[rows] = self.watch.seconds(lambda x=x: layer(x))  # type: ignore[misc]
+            points[rows] = self.watch.seconds(partial(layer, x))
         return Product(depth, columns, _curve(points))
 
     def launch(self) -> float:
@@ -292,9 +296,7 @@ class Bench:
             for count in MOVED_BLOCKS:
                 behind = self.num_blocks - count if kind == "copy" else 0
                 move = Move(kind, "p", tuple(range(count)), tuple(range(behind, behind + count)))  # type: ignore[arg-type]
-                points[count * self.block_bytes] = self.watch.seconds(
-                    lambda move=move: self.executor.cache.move([move])
-                )  # type: ignore[misc]
+                points[count * self.block_bytes] = self.watch.seconds(partial(self.executor.cache.move, [move]))
             found[name] = _curve(points)
         return found
 

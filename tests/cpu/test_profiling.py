@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _quickly() -> Any:
     """Fewer points and repeats: enough to run every line."""
     patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
-    small = {"POINT_SECONDS": 0.003, "MIN_REPEATS": 3, "TOKENS": (1, 4, 64), "QUERIES": (1, 8, 64), "CONTEXTS": (0, 64, 4096),
+    small = {"POINT_SECONDS": 0.003, "MIN_REPEATS": 3, "TOKENS": (1, 4, 64), "QUERIES": (1, 8, 64), "CONTEXTS": (0, 64, 4096), "DECODE_CONTEXTS": (0, 64, 4096),
              "EMITS": (1, 8), "PRODUCT_ROWS": (1, 16, 64), "PRODUCTS": ((64, 64), (64, 256), (256, 512)),
              "MOVED_BLOCKS": (1, 8)}  # fmt: skip
     for name, value in small.items():
