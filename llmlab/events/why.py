@@ -237,7 +237,8 @@ def _tell_decode(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
         return
     mixed = [s for s in steps if any(i.num_tokens > 1 and i.request != request for i in s.items)]
     pure = [s for s in steps if s not in mixed]
-    yield (f"{count(len(steps), 'step')}, {seconds(_mean(steps))} each on average, with "
+    each = "each on average, with" if len(steps) > 1 else "long, with"
+    yield (f"{count(len(steps), 'step')}, {seconds(_mean(steps))} {each} "
            f"{sum(len(s.items) for s in steps) / len(steps):.1f} requests in a step.")  # fmt: skip
     if mixed and pure:
         guests = listed(list(dict.fromkeys(i.request for s in mixed for i in s.items if i.num_tokens > 1 and i.request != request)))

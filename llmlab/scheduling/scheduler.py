@@ -19,6 +19,7 @@ import msgspec
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.events.state import request_fingerprint
+from llmlab.events.why import count
 from llmlab.memory.kv_manager import KVManager, Reserved, Shortage
 from llmlab.scheduling.queue import WaitingQueue
 from llmlab.scheduling.seamcalls import (
@@ -491,7 +492,7 @@ class Scheduler:
         mode = seam.ask(lambda p: p.choose(view, request, options), lambda a: checked_mode(a, feasible), cause)
         self.log.emit(
             ev.Decision, victim.id, cause, seam=seam.name, policy=seam.policy_name, chosen=mode, num_candidates=2,
-            predicted=next(o.predicted for o in options if o.mode == mode), reason=f"{num_blocks} blocks",
+            predicted=next(o.predicted for o in options if o.mode == mode), reason=count(num_blocks, "block"),
             alternatives=(*(ev.Alternative(o.mode, o.predicted.seconds, o.feasible, o.why_not, o.predicted)
                             for o in options if o.mode != mode), *self._considered.take()),
         )  # fmt: skip
