@@ -167,7 +167,7 @@ def kernel_choices(engine: dict[str, Any]) -> list[Any]:
 # -------------------------------------------------------------------------------------------- bench
 def bench(
     ctx: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Which: cpu, kernels, scheduler, ... (none: list them).")] = None,
+    name: Annotated[str | None, typer.Argument(help="Which: cpu, kernels, scheduler, ... or the beginning of a name (none: list them).")] = None,
 ) -> None:
     """Run a benchmark of the source checkout; what follows its name are its own options."""
     from llmlab.cli.console import stdout
@@ -180,10 +180,12 @@ def bench(
             table.add_row(known, _first_line(path))
         stdout().print(table)
         return
-    if name not in scripts:
+    meant = [name] if name in scripts else [known for known in scripts if known.startswith(name)]
+    if len(meant) != 1:
         raise unknown_name("benchmark", name, scripts)
-    root = scripts[name].parent.parent
-    raise typer.Exit(subprocess.run([sys.executable, str(scripts[name]), *ctx.args], cwd=root, check=False).returncode)
+    script = scripts[meant[0]]
+    command = [sys.executable, str(script), *ctx.args]
+    raise typer.Exit(subprocess.run(command, cwd=script.parent.parent, check=False).returncode)
 
 
 def benchmark_scripts() -> dict[str, Path]:

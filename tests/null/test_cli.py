@@ -423,6 +423,7 @@ def test_bench_passes_options_and_exit_code_on(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(llmlab, "__path__", [str(tmp_path / "llmlab")])
     assert re.search(r"toll\s+Counts", call("bench").output)
     assert call("bench", "toll", "--flag", "-x", "3").exit_code == 4
+    assert call("bench", "to").exit_code == 1
 
 
 # ------------------------------------------------------------------------------------ colours, timelines
