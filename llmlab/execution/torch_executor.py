@@ -16,7 +16,7 @@ from llmlab.decoding.sampler import SampleRow, prompt_logprobs, sample
 from llmlab.execution.base import Done, Row, StepBatch, Ticket
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.models.loader import LoadedModel
-from llmlab.types import Durations, ItemResult, Move, StepResult, TokenLogprobs
+from llmlab.types import Durations, ItemResult, Move, RequestError, StepResult, TokenLogprobs
 
 
 class KVCache:
@@ -67,6 +67,7 @@ class TorchExecutor:
         self._tokens: dict[str, list[int]] = {}
         self._prompt_scores: dict[str, list[TokenLogprobs]] = {}
         self._worker = ThreadPoolExecutor(1, "llmlab-executor") if asynchronous else None
+        self._warm_up(num_blocks * block_size)
 
     # ------------------------------------------------------------------------------------ interface
     def submit(self, batch: StepBatch) -> Ticket:
@@ -83,6 +84,17 @@ class TorchExecutor:
             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
         }  # fmt: skip
 
+    def _warm_up(self, capacity: int) -> None:
+        """One short prompt through blocks that nobody owns yet, so that loading compiled kernels does not count
+        into the first request's time. What it writes is never read."""
+        tokens = min(2, capacity)
+        blocks = tuple(range(-(-tokens // self._block_size)))
+        meta = AttentionMetadata.build([tokens], [tokens], [blocks], self._block_size, device=self._model.device)
+        with torch.inference_mode():
+            hidden = self._model.embed(torch.zeros(tokens, dtype=torch.int64, device=self._model.device))
+            positions = torch.arange(tokens, device=self._model.device)
+            self._model.logits(self._model.forward(hidden, positions, meta, self.cache.layers))
+
     # ---------------------------------------------------------------------------------------- a step
     def _run(self, batch: StepBatch) -> StepResult:
         began = time.perf_counter()
@@ -93,11 +105,21 @@ class TorchExecutor:
         try:
             with torch.inference_mode():
                 self.cache.move(batch.plan.moves)
-                results = self._forward(batch.rows, parts) if batch.rows else ()
-        except (RuntimeError, ValueError, MemoryError) as error:  # the step is lost, the engine is not
+                results = self._run_rows(batch.rows, parts)
+        except Exception as error:  # whatever a kernel raises: the step is lost, the engine is not
             results = tuple(ItemResult(r.item.request, error=f"{type(error).__name__}: {error}") for r in batch.rows)
         seconds = time.perf_counter() - began
         return StepResult(batch.plan.step, results, Durations(seconds, parts=parts))
+
+    def _run_rows(self, rows: Sequence[Row], parts: dict[str, float]) -> tuple[ItemResult, ...]:
+        """All rows but those whose last token an earlier step in flight failed to produce: their neighbours run."""
+        ready = [row for row in rows if len(self._known(row)) >= row.item.tokens[1]]
+        results = self._forward(ready, parts) if ready else ()
+        if len(ready) == len(rows):
+            return results
+        done = {result.request: result for result in results}
+        lost = "the step before it failed"
+        return tuple(done.get(row.item.request) or ItemResult(row.item.request, error=lost) for row in rows)
 
     def _forward(self, rows: Sequence[Row], parts: dict[str, float]) -> tuple[ItemResult, ...]:
         began = time.perf_counter()
@@ -130,19 +152,24 @@ class TorchExecutor:
     def _emit(self, rows: Sequence[Row], hidden: Tensor) -> tuple[ItemResult, ...]:
         """Logits only for rows that sample, and for prompts whose log-probabilities were asked for."""
         last, emitting, end = [], [], 0
+        failed: dict[str, ItemResult] = {}
         for row in rows:
             end += row.item.num_tokens
             if row.request.sampling.prompt_logprobs is not None:
-                self._score_prompt(row, hidden[end - row.item.num_tokens : end])
+                try:
+                    self._score_prompt(row, hidden[end - row.item.num_tokens : end])
+                except RequestError as error:
+                    failed[row.request.id] = ItemResult(row.request.id, error=str(error))
+                    continue
             if row.item.emit == "sample":
                 last.append(end - 1)
                 emitting.append(row)
         if not emitting:
-            return tuple(ItemResult(row.item.request) for row in rows)
+            return tuple(failed.get(row.request.id) or ItemResult(row.request.id) for row in rows)
         chosen = hidden if len(last) == hidden.shape[0] else hidden[last]
         sampled = sample(self._model.logits(chosen), [self._sample_row(row) for row in emitting])
         by_request = {row.request.id: result for row, result in zip(emitting, sampled, strict=True)}
-        return tuple(self._item_result(row, by_request.get(row.request.id)) for row in rows)
+        return tuple(failed.get(row.request.id) or self._item_result(row, by_request.get(row.request.id)) for row in rows)
 
     def _sample_row(self, row: Row) -> SampleRow:
         request = row.request
