@@ -6,6 +6,8 @@ at fixed positions (every SEGMENT), and its segments are always merged in order,
 them all or several share them. So the plan moves work, never a bit of the result.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+# (numba infers the types of what it compiles)
 from __future__ import annotations
 
 import functools
@@ -63,7 +65,7 @@ def tile_tokens(group: int) -> int:
     return max(1, QUERY_ROWS // group)
 
 
-def cut_tiles(cu, lens, tile, window, causal):  # type: ignore[no-untyped-def]
+def cut_tiles(cu, lens, tile, window, causal):
     """All query tiles as undivided items, each with the KV range that its queries see between them."""
     count = 0
     for row in range(lens.size):
@@ -83,7 +85,7 @@ def cut_tiles(cu, lens, tile, window, causal):  # type: ignore[no-untyped-def]
     return tiles
 
 
-def divide(tiles, group, heads, threads):  # type: ignore[no-untyped-def]
+def divide(tiles, group, heads, threads):
     """Cut tiles too heavy to balance at every SEGMENT; returns (items, merges, number of partials)."""
     cost = (tiles[:, 4] - tiles[:, 3]) * (tiles[:, 2] * group + GATHER_ROWS)
     limit = cost.sum() * heads // (8 * threads)
@@ -108,7 +110,7 @@ def divide(tiles, group, heads, threads):  # type: ignore[no-untyped-def]
     return items, merges, partials
 
 
-def deal(items, group, heads, threads):  # type: ignore[no-untyped-def]
+def deal(items, group, heads, threads):
     """Contiguous units for each thread, cut where the running cost passes each thread's share."""
     cost = (items[:, 4] - items[:, 3]) * (items[:, 2] * group + GATHER_ROWS)
     total = cost.sum() * heads

@@ -5,15 +5,16 @@ weights at the speed of memory and many tokens reuse them from registers and cac
 output runs over k in order in either case, so a row's result does not depend on the batch.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+# (numba infers the types of what it compiles)
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, njit
 from torch import Tensor
 
-from llmlab.kernels.pool import Call, Pool, Region, barrier, thread_num
-from llmlab.kernels.vector import BF16, F16, F32, FAST, PANEL, exp, get, product, put, tanh, width
+from llmlab.kernels.pool import Call, Pool, Region, barrier, record, thread_num
+from llmlab.kernels.vector import BF16, F16, F32, PANEL, compiled, exp, get, product, put, tanh, width
 from llmlab.types import LabError
 
 ROWS = 96  # rows of a block: a multiple of the register tile whose outputs stay in the first-level cache
@@ -23,14 +24,14 @@ PLAIN, SILU, GELU_TANH = 0, 1, 2
 ACTS = {"silu": SILU, "gelu_tanh": GELU_TANH}
 
 
-@njit(**FAST)
-def share(thread, threads, size):  # type: ignore[no-untyped-def]
+@compiled()
+def share(thread, threads, size):
     """The bounds of a thread's part of `size` things."""
     return thread * size // threads, (thread + 1) * size // threads
 
 
-@njit(**FAST, fastmath={"contract", "reassoc", "nsz"})
-def norm_row(x, k, weight, offset, eps, out):  # type: ignore[no-untyped-def]
+@compiled("contract", "reassoc", "nsz")
+def norm_row(x, k, weight, offset, eps, out):
     """out[k] = x[k] / rms(x) * (weight[k] + offset)."""
     squares = np.float32(0.0)
     for i in range(k):
@@ -40,8 +41,8 @@ def norm_row(x, k, weight, offset, eps, out):  # type: ignore[no-untyped-def]
         put(out, i, get(x, i) * factor * (get(weight, i) + offset))
 
 
-@njit(**FAST)
-def block_product(x, rows, k, panel, tile, storage):  # type: ignore[no-untyped-def]
+@compiled()
+def block_product(x, rows, k, panel, tile, storage):
     """tile[rows, PANEL] = x[rows, k] @ panel[k, PANEL], all dense."""
     for i in range(rows * PANEL):
         put(tile, i, np.float32(0.0))
@@ -51,8 +52,8 @@ def block_product(x, rows, k, panel, tile, storage):  # type: ignore[no-untyped-
         product(x + 4 * start, k, weights, tile, PANEL, rows, depth, ahead, storage)
 
 
-@njit(**FAST, fastmath={"contract"})
-def gate(act, gates, ups, size):  # type: ignore[no-untyped-def]
+@compiled("contract")
+def gate(act, gates, ups, size):
     """ups *= act(gates), `size` floats each."""
     if act == SILU:
         for i in range(size):
@@ -65,8 +66,8 @@ def gate(act, gates, ups, size):  # type: ignore[no-untyped-def]
             put(ups, i, get(ups, i) * np.float32(0.5) * g * (np.float32(1.0) + tanh(u)))
 
 
-@njit(**FAST)
-def add_rows(tile, stride, rows, columns, other, other_stride):  # type: ignore[no-untyped-def]
+@compiled()
+def add_rows(tile, stride, rows, columns, other, other_stride):
     """tile[rows, columns] += other; an other_stride of 0 repeats its one row."""
     for row in range(rows):
         to, source = tile + 4 * row * stride, other + 4 * row * other_stride
@@ -74,16 +75,16 @@ def add_rows(tile, stride, rows, columns, other, other_stride):  # type: ignore[
             put(to, i, get(to, i) + get(source, i))
 
 
-@njit(**FAST)
-def write_rows(tile, rows, columns, out, stride):  # type: ignore[no-untyped-def]
+@compiled()
+def write_rows(tile, rows, columns, out, stride):
     for row in range(rows):
         source, to = tile + 4 * row * PANEL, out + 4 * row * stride
         for i in range(columns):
             put(to, i, get(source, i))
 
 
-@njit(**FAST)
-def task(a, x, row, panel, tile, storage):  # type: ignore[no-untyped-def]
+@compiled()
+def task(a, x, row, panel, tile, storage):
     """One panel of outputs for one block of rows; with an activation, of gates and of ups (whole panels)."""
     rows, columns = min(ROWS, a.rows - row), min(PANEL, a.columns - panel * PANEL)
     halves = 1 if a.act == PLAIN else 2
@@ -100,8 +101,8 @@ def task(a, x, row, panel, tile, storage):  # type: ignore[no-untyped-def]
     write_rows(result, rows, columns, a.out + at, a.columns)
 
 
-@njit(**FAST)
-def linear(a, storage):  # type: ignore[no-untyped-def]
+@compiled()
+def linear(a, storage):
     """One thread's part: its share of the norms, a barrier, its share of (panel, block of rows)."""
     thread, x = thread_num(), a.x
     if a.norm_weight != 0:
@@ -119,8 +120,8 @@ def linear(a, storage):  # type: ignore[no-untyped-def]
         task(a, x, number % blocks * ROWS, number // blocks, tile, storage)
 
 
-@njit(**FAST)
-def gates(a):  # type: ignore[no-untyped-def]
+@compiled()
+def gates(a):
     """One thread's rows of gate_up [rows, 2 x columns]: act(gate) * up to out."""
     first, last = share(thread_num(), a.threads, a.rows)
     for row in range(first, last):
@@ -130,20 +131,20 @@ def gates(a):  # type: ignore[no-untyped-def]
         gate(a.act, source, out, a.columns)
 
 
-def linear_f32(pointer):  # type: ignore[no-untyped-def]
-    linear(carray(pointer, 1)[0], F32)
+def linear_f32(pointer):
+    linear(record(pointer), F32)
 
 
-def linear_bf16(pointer):  # type: ignore[no-untyped-def]
-    linear(carray(pointer, 1)[0], BF16)
+def linear_bf16(pointer):
+    linear(record(pointer), BF16)
 
 
-def linear_f16(pointer):  # type: ignore[no-untyped-def]
-    linear(carray(pointer, 1)[0], F16)
+def linear_f16(pointer):
+    linear(record(pointer), F16)
 
 
-def gates_f32(pointer):  # type: ignore[no-untyped-def]
-    gates(carray(pointer, 1)[0])
+def gates_f32(pointer):
+    gates(record(pointer))
 
 
 GATE_REGION = Region(gates_f32, "gate_up out rows columns act")

@@ -23,7 +23,7 @@ class PackedExperts:
         """A token's experts are summed in order of their number: the batch does not change the sum."""
         weights, experts = reference.route(router_logits, top_k, renormalize)
         y = torch.zeros(x.shape, dtype=torch.float32)
-        for expert in experts.unique().tolist():
+        for expert in sorted(set(experts.flatten().tolist())):
             token, choice = torch.where(experts == expert)
             inner = self._gate_up[expert].gated(x[token], act)
             y.index_add_(0, token, self._down[expert](inner).float() * weights[token, choice, None])

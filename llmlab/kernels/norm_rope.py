@@ -1,20 +1,21 @@
 """Row-wise kernels on the CPU: norm + rotary embedding + KV write in one pass, and the norms alone."""
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+# (numba infers the types of what it compiles)
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, njit
 from torch import Tensor
 
 from llmlab.kernels.linear import address, norm_row, share
-from llmlab.kernels.pool import Call, Pool, Region, thread_num
-from llmlab.kernels.vector import BF16, F16, F32, FAST, get, get_long, put, put_as, width
+from llmlab.kernels.pool import Call, Pool, Region, record, thread_num
+from llmlab.kernels.vector import BF16, F16, F32, compiled, get, get_long, put, put_as, width
 from llmlab.types import LabError
 
 
-@njit(**FAST)
-def rotate(x, cos, sin, half):  # type: ignore[no-untyped-def]
+@compiled()
+def rotate(x, cos, sin, half):
     """Dimension i turns with dimension i + half, in place."""
     for i in range(half):
         low, high, c, s = get(x, i), get(x, half + i), get(cos, i), get(sin, i)
@@ -22,8 +23,8 @@ def rotate(x, cos, sin, half):  # type: ignore[no-untyped-def]
         put(x, half + i, high * c + low * s)
 
 
-@njit(**FAST)
-def turn_heads(a, x, heads, token, weight):  # type: ignore[no-untyped-def]
+@compiled()
+def turn_heads(a, x, heads, token, weight):
     """Norm (if weight is given) and rotate the heads of one token, in place."""
     cos, sin = a.cos + 4 * token * a.half, a.sin + 4 * token * a.half
     for head in range(heads):
@@ -33,8 +34,8 @@ def turn_heads(a, x, heads, token, weight):  # type: ignore[no-untyped-def]
         rotate(at, cos, sin, a.half)
 
 
-@njit(**FAST)
-def rope_store(a, storage):  # type: ignore[no-untyped-def]
+@compiled()
+def rope_store(a, storage):
     """One thread's tokens: turn q and k, write k and v to their slot."""
     first, last = share(thread_num(), a.threads, a.tokens)
     for token in range(first, last):
@@ -51,8 +52,8 @@ def rope_store(a, storage):  # type: ignore[no-untyped-def]
                     put_as(a.v_cache + at, d, get(v, head * a.dim + d), storage)
 
 
-@njit(**FAST)
-def norms(a):  # type: ignore[no-untyped-def]
+@compiled()
+def norms(a):
     """One thread's rows: (x + residual to total,) norm to out."""
     first, last = share(thread_num(), a.threads, a.rows)
     for row in range(first, last):
@@ -64,20 +65,20 @@ def norms(a):  # type: ignore[no-untyped-def]
         norm_row(source + at, a.k, a.weight, np.float32(a.offset), np.float32(a.eps), a.out + at)
 
 
-def rope_store_f32(pointer):  # type: ignore[no-untyped-def]
-    rope_store(carray(pointer, 1)[0], F32)
+def rope_store_f32(pointer):
+    rope_store(record(pointer), F32)
 
 
-def rope_store_bf16(pointer):  # type: ignore[no-untyped-def]
-    rope_store(carray(pointer, 1)[0], BF16)
+def rope_store_bf16(pointer):
+    rope_store(record(pointer), BF16)
 
 
-def rope_store_f16(pointer):  # type: ignore[no-untyped-def]
-    rope_store(carray(pointer, 1)[0], F16)
+def rope_store_f16(pointer):
+    rope_store(record(pointer), F16)
 
 
-def norms_f32(pointer):  # type: ignore[no-untyped-def]
-    norms(carray(pointer, 1)[0])
+def norms_f32(pointer):
+    norms(record(pointer))
 
 
 _ROPE_FIELDS = (

@@ -7,13 +7,14 @@ segments merge by their log-sum-exp in order. Nothing in a query's arithmetic de
 how its prompt was cut into chunks, or on the number of threads.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+# (numba infers the types of what it compiles)
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, njit
 from torch import Tensor
 
 from llmlab.kernels.attention_plan import (
@@ -30,14 +31,14 @@ from llmlab.kernels.attention_plan import (
 )
 from llmlab.kernels.layout import AttentionMetadata, AttentionState
 from llmlab.kernels.linear import share
-from llmlab.kernels.pool import Call, Pool, Region, barrier, thread_num
+from llmlab.kernels.pool import Call, Pool, Region, barrier, record, thread_num
 from llmlab.kernels.vector import (
     BF16,
     F16,
     F32,
-    FAST,
     LANES,
     PANEL,
+    compiled,
     copy,
     exp,
     get,
@@ -77,8 +78,8 @@ def tile_floats(rows: int, dim: int) -> int:
     return rows * dim + CHUNK * (dim + wide) + rows * (CHUNK + 2 * wide + 3) + 8 * CHUNK + 16
 
 
-@njit(**FAST)
-def lay_out(at, rows, dim, wide):  # type: ignore[no-untyped-def]
+@compiled()
+def lay_out(at, rows, dim, wide):
     keys = at + 32 * CHUNK
     values = keys + 4 * CHUNK * dim
     scores = values + 4 * CHUNK * wide
@@ -88,8 +89,8 @@ def lay_out(at, rows, dim, wide):  # type: ignore[no-untyped-def]
     return Tiles(queries, keys, values, scores, out, total, total + 4 * rows * wide, at)
 
 
-@njit(**FAST)
-def find_lines(a, row, head, chunk, start, stop, lines, storage):  # type: ignore[no-untyped-def]
+@compiled()
+def find_lines(a, row, head, chunk, start, stop, lines, storage):
     """The addresses of the positions of a chunk from `start` to `stop`, of one KV head; returns their number.
 
     Those before repeat the first of them, those behind (up to a multiple of LANES) the last: nothing
@@ -115,8 +116,8 @@ def find_lines(a, row, head, chunk, start, stop, lines, storage):  # type: ignor
     return count
 
 
-@njit(**FAST)
-def gather(a, tiles, wide, count, lines, ahead, ahead_count, storage):  # type: ignore[no-untyped-def]
+@compiled()
+def gather(a, tiles, wide, count, lines, ahead, ahead_count, storage):
     """The keys of a chunk, transposed, to `tiles.keys`; the chunk `ahead` is asked for meanwhile."""
     asked = 0
     for i in range(0, count, LANES):
@@ -137,8 +138,8 @@ def gather(a, tiles, wide, count, lines, ahead, ahead_count, storage):  # type: 
             put_long(lines, CHUNK + i, target)
 
 
-@njit(**FAST)
-def score(a, tiles, rows, count):  # type: ignore[no-untyped-def]
+@compiled()
+def score(a, tiles, rows, count):
     """scores[rows, CHUNK] = queries @ keys for the first `count` positions (whole panels)."""
     for i in range(rows * CHUNK):
         put(tiles.scores, i, np.float32(0.0))
@@ -147,8 +148,8 @@ def score(a, tiles, rows, count):  # type: ignore[no-untyped-def]
         product(tiles.queries, a.dim, keys, tiles.scores + 4 * i, CHUNK, rows, a.dim, keys, F32)
 
 
-@njit(**FAST, fastmath={"contract", "reassoc", "nnan", "nsz"})
-def soften(scores, low, high, softcap, top):  # type: ignore[no-untyped-def]
+@compiled("contract", "reassoc", "nnan", "nsz")
+def soften(scores, low, high, softcap, top):
     """Scores low..high (others are unseen) to exp(score - new maximum); returns (new maximum, sum)."""
     if softcap > 0:
         for i in range(CHUNK):
@@ -164,8 +165,8 @@ def soften(scores, low, high, softcap, top):  # type: ignore[no-untyped-def]
     return top, total
 
 
-@njit(**FAST)
-def soften_rows(a, tiles, rows, wide, own, length, first):  # type: ignore[no-untyped-def]
+@compiled()
+def soften_rows(a, tiles, rows, wide, own, length, first):
     """The online softmax step of every row of a tile; row 0 belongs to the query at position `own`."""
     for m in range(rows):
         position = own + m // a.group
@@ -182,8 +183,8 @@ def soften_rows(a, tiles, rows, wide, own, length, first):  # type: ignore[no-un
                 put(out, d, get(out, d) * keep)
 
 
-@njit(**FAST)
-def merge_row(total, lse, part, part_lse, size):  # type: ignore[no-untyped-def]
+@compiled()
+def merge_row(total, lse, part, part_lse, size):
     """total[size], lse := the state merged with (part, part_lse); returns the new lse."""
     if part_lse == -np.float32(np.inf):
         return lse
@@ -196,8 +197,8 @@ def merge_row(total, lse, part, part_lse, size):  # type: ignore[no-untyped-def]
     return top + np.float32(np.log(both))
 
 
-@njit(**FAST)
-def close_segment(tiles, rows, wide):  # type: ignore[no-untyped-def]
+@compiled()
+def close_segment(tiles, rows, wide):
     """Normalise the segment, merge it into the total, start an empty one."""
     for m in range(rows):
         out, weight, lse = tiles.out + 4 * m * wide, get(tiles.stats, rows + m), -np.float32(np.inf)
@@ -213,8 +214,8 @@ def close_segment(tiles, rows, wide):  # type: ignore[no-untyped-def]
             put(out, d, np.float32(0.0))
 
 
-@njit(**FAST)
-def open_tile(a, tiles, token, rows, head, wide):  # type: ignore[no-untyped-def]
+@compiled()
+def open_tile(a, tiles, token, rows, head, wide):
     """Scaled queries of a tile, and an empty state."""
     for m in range(rows):
         query = a.q + 4 * ((token + m // a.group) * a.q_stride + (head * a.group + m % a.group) * a.dim)
@@ -228,8 +229,8 @@ def open_tile(a, tiles, token, rows, head, wide):  # type: ignore[no-untyped-def
         put(tiles.total, i, np.float32(0.0))
 
 
-@njit(**FAST)
-def close_tile(a, tiles, token, rows, head, wide, out, lse):  # type: ignore[no-untyped-def]
+@compiled()
+def close_tile(a, tiles, token, rows, head, wide, out, lse):
     """Write the states of a tile to out [., Hq, dim] and lse [., Hq]."""
     for m in range(rows):
         at = ((token + m // a.group) * a.heads + head) * a.group + m % a.group
@@ -238,8 +239,8 @@ def close_tile(a, tiles, token, rows, head, wide, out, lse):  # type: ignore[no-
         put(lse, at, get(tiles.stats, 2 * rows + m))
 
 
-@njit(**FAST)
-def announce(a, unit, lines, storage):  # type: ignore[no-untyped-def]
+@compiled()
+def announce(a, unit, lines, storage):
     """`find_lines` of the first chunk of a unit."""
     item = a.items + 48 * (unit // a.heads)
     start, stop = get_long(item, START), get_long(item, STOP)
@@ -247,8 +248,8 @@ def announce(a, unit, lines, storage):  # type: ignore[no-untyped-def]
     return find_lines(a, get_long(item, ROW), unit % a.heads, chunk, start, stop, lines, storage)
 
 
-@njit(**FAST)
-def attend(a, tiles, unit, last, parity, wide, storage):  # type: ignore[no-untyped-def]
+@compiled()
+def attend(a, tiles, unit, last, parity, wide, storage):
     """One unit, a tile of queries over a range of KV for one KV head; returns the next parity.
 
     The parity tells which half of `tiles.lines` holds the current chunk; the other half is filled with
@@ -286,8 +287,8 @@ def attend(a, tiles, unit, last, parity, wide, storage):  # type: ignore[no-unty
     return parity
 
 
-@njit(**FAST)
-def merge_parts(a, merge, thread):  # type: ignore[no-untyped-def]
+@compiled()
+def merge_parts(a, merge, thread):
     """A thread's share of a divided item: partial states in order, to the output."""
     hq, token, tokens = a.heads * a.group, get_long(merge, 0), get_long(merge, 1)
     partial, parts = get_long(merge, 2), get_long(merge, 3)
@@ -302,8 +303,8 @@ def merge_parts(a, merge, thread):  # type: ignore[no-untyped-def]
         put(a.lse, token * hq + i, lse)
 
 
-@njit(**FAST)
-def attention(a, storage):  # type: ignore[no-untyped-def]
+@compiled()
+def attention(a, storage):
     """One thread's part: its units; then, if items were divided, a barrier and its share of the merges."""
     thread, wide = thread_num(), (a.dim + PANEL - 1) // PANEL * PANEL
     tiles = lay_out(a.scratch + 4 * thread * a.scratch_floats, a.tile_rows, a.dim, wide)
@@ -318,16 +319,16 @@ def attention(a, storage):  # type: ignore[no-untyped-def]
             merge_parts(a, a.merges + 32 * group, thread)
 
 
-def attention_f32(pointer):  # type: ignore[no-untyped-def]
-    attention(carray(pointer, 1)[0], F32)
+def attention_f32(pointer):
+    attention(record(pointer), F32)
 
 
-def attention_bf16(pointer):  # type: ignore[no-untyped-def]
-    attention(carray(pointer, 1)[0], BF16)
+def attention_bf16(pointer):
+    attention(record(pointer), BF16)
 
 
-def attention_f16(pointer):  # type: ignore[no-untyped-def]
-    attention(carray(pointer, 1)[0], F16)
+def attention_f16(pointer):
+    attention(record(pointer), F16)
 
 
 _FIELDS = (

@@ -24,11 +24,18 @@ import numba
 import numpy as np
 import torch
 from numba import types
-from numba.core.ccallback import CFunc
+
+from llmlab.kernels.vector import compiled
 
 # Resolved when machine code is loaded, by the names that `openmp` registers.
-thread_num = types.ExternalFunction("llmlab_thread_num", types.int32())
-barrier = types.ExternalFunction("llmlab_barrier", types.void())
+thread_num: Any = types.ExternalFunction("llmlab_thread_num", types.int32())
+barrier: Any = types.ExternalFunction("llmlab_barrier", types.void())
+
+
+@compiled()
+def record(pointer):  # type: ignore[no-untyped-def]
+    """The arguments of a region: the one record at its pointer."""
+    return numba.carray(pointer, 1)[0]
 
 
 ALONE = 4  # token rows that one thread finishes sooner than two can meet
@@ -78,7 +85,7 @@ Call = tuple[int, int, bytes]
 class Region:
     """A kernel that all threads enter with the same record of arguments; compiled at its first use.
 
-    `body(pointer)` reads the record with `carray(pointer, 1)[0]`. Its fields are `threads` and then
+    `body(pointer)` reads them through `record(pointer)`. Its fields are `threads` and then
     those given: integers (sizes, addresses) and, behind them, floats. The machine code is kept in
     numba's cache: beside the sources, or in the user's cache directory where that is read-only.
     """
@@ -96,11 +103,13 @@ class Region:
     @functools.cached_property
     def address(self) -> int:
         openmp()
-        return int(self._compiled.address)
+        place: int = self._compiled.address
+        return place
 
     @functools.cached_property
-    def _compiled(self) -> CFunc:
-        signature = types.void(types.CPointer(numba.from_dtype(self._record)))
+    def _compiled(self) -> Any:
+        record: Any = numba.from_dtype(self._record)
+        signature = types.void(types.CPointer(record))  # type: ignore[no-untyped-call]
         try:
             return numba.cfunc(signature, cache=True)(self._body)
         except RuntimeError as error:  # numba: no place to write a cache

@@ -202,7 +202,7 @@ def moe(
     """Mixture of gated MLPs: x [T, d], router_logits [T, E], w_gate_up [E, 2F, d], w_down [E, d, F]."""
     weights, experts = route(router_logits, top_k, renormalize)
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in experts.unique().tolist():
+    for expert in sorted(set(experts.flatten().tolist())):
         token, choice = torch.where(experts == expert)
         hidden = gated_act(linear(x[token], w_gate_up[expert]), act)
         y.index_add_(0, token, linear(hidden, w_down[expert]).float() * weights[token, choice, None])

@@ -5,6 +5,8 @@ registers while it runs down the inner dimension. Each output is one chain of fu
 the order of k, whatever the number of rows: that is what makes the kernels independent of the batch.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+# (numba infers the types of what it compiles)
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,13 +14,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
+intrinsic: Any = _intrinsic  # whose own types do not know what it makes
 FLOAT, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+def compiled(*relaxed: str) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a part of a kernel; `relaxed` names the liberties with rounding (LLVM's fast-math flags).
+
+    Without "reassoc" sums keep their order. Division by zero is no exception, and there is no wrapper
+    for Python: the parts are called by each other, and by `Region`.
+    """
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "fastmath": set(relaxed) or False}
+    decorate: Callable[[Callable[..., Any]], Any] = numba.njit(error_model="numpy", **options)  # type: ignore
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,6 @@ def host_shape() -> Shape:
     return Shape(lanes=4, vectors=4, rows=6)
 
 
-FAST = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 SHAPE = host_shape()
 LANES = SHAPE.lanes
 PANEL = SHAPE.lanes * SHAPE.vectors
@@ -87,7 +101,7 @@ def _prefetch(b: Any, address: Any) -> None:
     b.call(prefetch, [b.inttoptr(address, byte), I32(0), I32(3), I32(1)])
 
 
-def _product(rows: int, scattered: bool) -> Callable[..., None]:
+def _product(rows: int, scattered: bool) -> Any:
     """y[rows, PANEL] += x[rows, k] @ w[k, PANEL]; strides of x and y in elements.
 
     `w` is the address of dense weights, and the cache lines from `ahead` on are asked for meanwhile, one
@@ -96,10 +110,10 @@ def _product(rows: int, scattered: bool) -> Callable[..., None]:
     vectors, size = SHAPE.vectors, types.int64
 
     @intrinsic
-    def product(context, x, x_stride, w, y, y_stride, k, ahead, storage):  # type: ignore[no-untyped-def]
+    def product(context, x, x_stride, w, y, y_stride, k, ahead, storage):
         width = 4 if storage == types.float32 else 2
 
-        def codegen(target, b, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(target, b, signature, args):
             x, x_stride, w, y, y_stride, k, ahead, _ = args
             fma = cgutils.get_or_insert_function(
                 b.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32"
@@ -145,8 +159,8 @@ _scattered_1, _scattered_2, _scattered_4, _scattered_6 = (_product(rows, True) f
 F32, BF16, F16 = np.float32(0), np.uint16(0), np.int16(0)
 
 
-@njit(**FAST)
-def product(x, x_stride, w, y, y_stride, rows, k, ahead, storage):  # type: ignore[no-untyped-def]
+@compiled()
+def product(x, x_stride, w, y, y_stride, rows, k, ahead, storage):
     """y[rows, PANEL] += x[rows, k] @ w[k, PANEL] for addresses x, y (float32) and w (`storage`); k > 0."""
     while rows >= 6:
         _product_6(x, x_stride, w, y, y_stride, k, ahead, storage)
@@ -161,8 +175,8 @@ def product(x, x_stride, w, y, y_stride, rows, k, ahead, storage):  # type: igno
         _product_1(x, x_stride, w, y, y_stride, k, ahead, storage)
 
 
-@njit(**FAST)
-def scattered_product(x, x_stride, w, offset, y, y_stride, rows, k, storage):  # type: ignore[no-untyped-def]
+@compiled()
+def scattered_product(x, x_stride, w, offset, y, y_stride, rows, k, storage):
     """`product` with row i of the weights at `offset` bytes behind the i-th of the addresses at w."""
     while rows >= 6:
         _scattered_6(x, x_stride, w, y, y_stride, k, offset, storage)
@@ -178,8 +192,8 @@ def scattered_product(x, x_stride, w, offset, y, y_stride, rows, k, storage):  #
 
 
 @intrinsic
-def prefetch(context, address):  # type: ignore[no-untyped-def]
-    def codegen(target, b, signature, args):  # type: ignore[no-untyped-def]
+def prefetch(context, address):
+    def codegen(target, b, signature, args):
         _prefetch(b, args[0])
         return target.get_dummy_value()
 
@@ -187,11 +201,11 @@ def prefetch(context, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def copy(context, source, target, storage):  # type: ignore[no-untyped-def]
+def copy(context, source, target, storage):
     """LANES elements as they are."""
     kind = ir.VectorType(FLOAT if storage == types.float32 else I16, LANES)
 
-    def codegen(target_, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(target_, b, signature, args):
         loaded = b.load(_at(b, args[0], 0, kind))
         loaded.align = 2
         b.store(loaded, _at(b, args[1], 0, kind)).align = 2
@@ -201,14 +215,14 @@ def copy(context, source, target, storage):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def transpose(context, rows, offset, target, storage):  # type: ignore[no-untyped-def]
+def transpose(context, rows, offset, target, storage):
     """LANES x LANES elements, from `offset` on in each of the LANES rows whose addresses lie at `rows`,
 
     to float32 at `target`: element d of row i goes to target[d, i], rows of the target PANEL apart.
     """
     width = 4 if storage == types.float32 else 2
 
-    def codegen(target_, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(target_, b, signature, args):
         rows, offset, out, _ = args
         skip = b.mul(offset, I64(width))
         tile = []
@@ -238,7 +252,7 @@ def _transposed(b: Any, tile: list[Any]) -> list[Any]:
     return tile
 
 
-def highest(size: int) -> Callable[..., Any]:
+def highest(size: int) -> Any:
     """A function of an address: the largest of `size` floats there, a multiple of LANES.
 
     (A loop for a maximum does not vectorise.)
@@ -248,8 +262,8 @@ def highest(size: int) -> Callable[..., Any]:
         return b.select(b.fcmp_ordered(">", one, other), one, other)
 
     @intrinsic
-    def largest(context, address):  # type: ignore[no-untyped-def]
-        def codegen(target, b, signature, args):  # type: ignore[no-untyped-def]
+    def largest(context, address):
+        def codegen(target, b, signature, args):
             vectors = [_load(b, args[0], i, types.float32) for i in range(0, size, LANES)]
             while len(vectors) > 1:
                 vectors = [*vectors[2:], larger(b, *vectors[:2])]
@@ -265,11 +279,11 @@ def highest(size: int) -> Callable[..., Any]:
 
 
 @intrinsic
-def width(context, storage):  # type: ignore[no-untyped-def]
+def width(context, storage):
     """Bytes of one element of a storage, known at compile time."""
     size = 4 if storage == types.float32 else 2
 
-    def codegen(target, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(target, b, signature, args):
         return I64(size)
 
     return types.int64(storage), codegen
@@ -281,15 +295,15 @@ def _accessors(
     """`get(address, i)` and `put(address, i, value)` for an array of elements at an address."""
 
     @intrinsic
-    def get(context, address, i):  # type: ignore[no-untyped-def]
-        def codegen(target, b, signature, args):  # type: ignore[no-untyped-def]
+    def get(context, address, i):
+        def codegen(target, b, signature, args):
             return b.load(b.gep(b.inttoptr(args[0], kind.as_pointer()), [args[1]]))
 
         return element(types.int64, types.int64), codegen
 
     @intrinsic
-    def put(context, address, i, value):  # type: ignore[no-untyped-def]
-        def codegen(target, b, signature, args):  # type: ignore[no-untyped-def]
+    def put(context, address, i, value):
+        def codegen(target, b, signature, args):
             b.store(args[2], b.gep(b.inttoptr(args[0], kind.as_pointer()), [args[1]]))
             return target.get_dummy_value()
 
@@ -312,11 +326,11 @@ def _narrow(b: Any, value: Any, storage: types.Type) -> Any:
 
 
 @intrinsic
-def put_as(context, address, i, value, storage):  # type: ignore[no-untyped-def]
+def put_as(context, address, i, value, storage):
     """`put` into an array of `storage`."""
     kind = FLOAT if storage == types.float32 else I16
 
-    def codegen(target, b, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(target, b, signature, args):
         at = b.gep(b.inttoptr(args[0], kind.as_pointer()), [args[1]])
         b.store(_narrow(b, args[2], storage), at)
         return target.get_dummy_value()
@@ -331,15 +345,15 @@ get_long, put_long = _accessors("long", types.int64, I64)
 
 
 @intrinsic
-def _from_bits(context, bits):  # type: ignore[no-untyped-def]
-    def codegen(target, b, signature, args):  # type: ignore[no-untyped-def]
+def _from_bits(context, bits):
+    def codegen(target, b, signature, args):
         return b.bitcast(args[0], FLOAT)
 
     return types.float32(types.int32), codegen
 
 
-@njit(**FAST, fastmath={"contract"})
-def exp(x):  # type: ignore[no-untyped-def]
+@compiled("contract")
+def exp(x):
     """e^x in float32, exactly 0 below -87, within 2 units in the last place; loops over it vectorise."""
     n = np.floor(min(x, np.float32(88.0)) * np.float32(1.44269504) + np.float32(0.5))
     n = max(n, np.float32(-126.0))
@@ -354,6 +368,6 @@ def exp(x):  # type: ignore[no-untyped-def]
     return np.float32(0.0) if x < np.float32(-87.0) else value
 
 
-@njit(**FAST, fastmath={"contract"})
-def tanh(x):  # type: ignore[no-untyped-def]
+@compiled("contract")
+def tanh(x):
     return np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * x) + np.float32(1.0))
