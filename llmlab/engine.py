@@ -288,6 +288,8 @@ def checked_request(request: Request) -> Request:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise RequestError("metadata", request.metadata, f"is not plain data ({error})",
                            "Use strings, numbers, lists and dicts.") from None  # fmt: skip
+    if "sample" in metadata:
+        raise RequestError("metadata", request.metadata, "the key 'sample' is the engine's own", "Choose another key.")
     return msgspec.structs.replace(request, metadata=metadata)
 
 

@@ -1,0 +1,101 @@
+"""A tiny model on disk with a tokenizer of one character a token, and transformers as the judge of its tokens."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from models_util import hf_greedy, hf_logits, hf_model, tiny_config
+
+from llmlab.engine import Engine
+from llmlab.events import catalog as ev
+from llmlab.events.state import LabState
+from llmlab.outputs import RequestOutput
+from llmlab.types import SamplingParams
+
+VOCAB = 96
+POISON = VOCAB - 1  # a token whose embedding is NaN in the poisoned model
+
+
+def char(token: int) -> str:
+    return chr(32 + token) if token < VOCAB - 1 else "é"
+
+
+def text(tokens: Sequence[int]) -> str:
+    return "".join(map(char, tokens))
+
+
+def write_model(directory: Path, eos: int | None = None, poisoned: bool = False) -> Any:
+    """Save the tiny model and its tokenizer; transformers' own model of it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    config = tiny_config("llama")
+    config.eos_token_id = eos
+    model = hf_model(config)
+    if poisoned:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[POISON] = float("nan")
+    model.save_pretrained(directory)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    tokenizer = Tokenizer(models.WordLevel({char(i): i for i in range(VOCAB)}, unk_token=char(0)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return model
+
+
+class Oracle:
+    """What transformers says about the model in `directory`."""
+
+    def __init__(self, directory: Path, model: Any) -> None:
+        self.directory = directory
+        self._model = model
+        self._greedy = functools.cache(lambda prompt, count: tuple(hf_greedy(model, prompt, count)))
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        return list(self._greedy(tuple(prompt), count))
+
+    def logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities after every token, [len(tokens), V]."""
+        return torch.log_softmax(hf_logits(self._model, tokens), -1)
+
+
+def tiny_engine(directory: Path, **fields: Any) -> Engine:
+    """A real engine with plain torch kernels, everything logged and checked."""
+    base: dict[str, Any] = {
+        "model": str(directory), "executor": "torch", "kernels": "torch", "device": "cpu", "block_size": 4,
+        "num_blocks": 64, "max_num_batched_tokens": 64, "max_num_seqs": 16, "log_level": 3, "check_interval": 1,
+    }  # fmt: skip
+    return Engine(**{**base, **fields})
+
+
+def greedy(max_tokens: int, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **more)
+
+
+def serve(engine: Engine, max_steps: int = 3000) -> dict[str, RequestOutput]:
+    """Run to the end; the finished outputs. The log's fold must agree with every recorded hash, no memory may be lost."""
+    done: dict[str, RequestOutput] = {}
+    for _ in range(max_steps):
+        if not engine.has_unfinished_requests():
+            break
+        done |= {output.request_id: output for output in engine.step() if output.finished}
+    assert not engine.has_unfinished_requests(), f"not finished after {max_steps} steps"
+    state = LabState()
+    for event in engine.log:
+        state.apply(event)
+        if isinstance(event, ev.StepFinished):
+            assert (event.state_hash, event.blocks_hash) == (state.state_hash, state.blocks_hash), event.step
+    memory = engine.scheduler.memory
+    assert (memory.pool.num_free, memory.num_quarantined) == (memory.pool.num_blocks, 0)
+    assert memory.host.num_free == memory.host.num_blocks
+    return done
+
+
+def tokens_of(output: RequestOutput) -> list[list[int]]:
+    return [answer.token_ids for answer in output.outputs]
