@@ -27,7 +27,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ import numpy as np
 
 MODELS = ("lab-s", "llama-28m")
 SETTINGS: dict[str, dict[str, Any]] = {
-    "fcfs": {}, "sjf": {"ordering": "sjf_oracle"}, "ljf": {"ordering": "ljf"}, "fcfs, 4 seats": {"max_num_seqs": 4},
+    "fcfs": {}, "sjf": {"ordering": "sjf_oracle"}, "ljf": {"ordering": "ljf"}, "fcfs, 6 seats": {"max_num_seqs": 6},
 }  # fmt: skip
 SEATS, BUDGET, BLOCKS = 12, 256, 1024
 AIM = 0.10
@@ -62,14 +62,16 @@ def work(model: str, threads: int, seed: int, seconds: float, load: float, file:
         real = {name: serve({**config, **change}, workload) for name, change in SETTINGS.items()}
         sim = {name: serve({**simulated, **change}, workload) for name, change in SETTINGS.items()}
         steps = observations(next(iter(real.values())).log_events)
-        costs = {"roofline": roofline_cost(raw), "profile": ProfileCost(raw), "calibrated": ProfileCost(profile)}
+        efficiency = fit_roofline(raw, observations(fitted.log_events))
+        costs = {"roofline": roofline_cost(raw), "roofline, fitted": roofline_cost(raw, efficiency),
+                 "profile": ProfileCost(raw), "calibrated": ProfileCost(profile)}  # fmt: skip
         return {
             "model": model, "shipped": source == model, "threads": threads, "seed": seed, "torch": torch.__version__,
             "machine": str(profile.machine), "date": profile.date, "workload": repr(workload), "load": load,
             "steps": {name: step_errors(cost, steps) for name, cost in costs.items()},
             "latency": {name: latencies(real[name], sim[name]) for name in SETTINGS},
             "ranking": ranking({n: r.metrics.e2e.mean for n, r in real.items()}, {n: r.metrics.e2e.mean for n, r in sim.items()}),
-            "engine": {"step": profile.engine.step, "row": profile.engine.row},
+            "efficiency": asdict(efficiency), "engine": {"step": profile.engine.step, "row": profile.engine.row},
             "factors": {part: factor(raw, profile, part) for part in ("tokens", "attention", "emit")},
         }  # fmt: skip
 
@@ -128,7 +130,7 @@ def workload_b(simulated: dict[str, Any], seed: int, seconds: float, load: float
     lengths = {"prompt": "lognormal:96,0.7", "output": "lognormal:40,0.7", "seed": seed + 1}
     probe = Workload.batch(60, **lengths)
     rate = load * len(probe) / serve(simulated, probe).metrics.duration
-    return Workload.gamma(rate, 2.0, max(24, int(rate * seconds)), **lengths)
+    return Workload.gamma(rate, 4.0, max(24, int(rate * seconds)), **lengths)
 
 
 def serve(fields: dict[str, Any], workload: Any) -> Any:
@@ -147,11 +149,40 @@ def serve(fields: dict[str, Any], workload: Any) -> Any:
         return Run.of(engine.log)
 
 
-def roofline_cost(profile: Any) -> Any:
-    """What the simulator would have said without a profile."""
+def roofline_cost(profile: Any, efficiency: Any = None) -> Any:
+    """What the simulator would have said without a profile, or the roofline with other efficiencies."""
     from llmlab.execution.cost import RooflineCost
+    from roofline import CostModel
 
-    return RooflineCost(profile.shape, "cpu-2core", profile.block_size, profile.dtype).model
+    if efficiency is None:
+        return RooflineCost(profile.shape, "cpu-2core", profile.block_size, profile.dtype).model
+    return CostModel(profile.shape, "cpu-2core", profile.dtype, efficiency=efficiency)
+
+
+def fit_roofline(profile: Any, steps: list[Any]) -> Any:
+    """Efficiencies of `cpu-2core` that tell whole steps of A best: coordinate search, mean absolute log ratio."""
+    from roofline import Efficiency
+
+    chosen = steps[:: max(1, len(steps) // 120)]
+    measured = np.array([s.seconds for s in chosen])
+    ranges = {"step": (0.0, 4e-4), "launch": (0.0, 2e-5), "linear_memory": (0.05, 1.0), "linear_compute": (0.1, 1.0),
+              "attention_memory": (0.02, 1.0), "attention_compute": (0.02, 1.0)}  # fmt: skip
+
+    def loss(trial: Any) -> float:
+        cost = roofline_cost(profile, trial)
+        return float(np.mean(np.abs(np.log([cost.step(s.rows).seconds for s in chosen] / measured))))
+
+    best = Efficiency(tile_side=0.0)
+    least = loss(best)
+    for width in (1.0, 0.3, 0.1):
+        for name, (low, high) in ranges.items():
+            middle, reach = getattr(best, name), width * (high - low) / 2
+            span = (low, high) if width == 1.0 else (max(low, middle - reach), min(high, middle + reach))
+            trials = [replace(best, **{name: float(value)}) for value in np.linspace(*span, 9)]
+            losses = [loss(trial) for trial in trials]
+            if min(losses) < least:
+                least, best = min(losses), trials[losses.index(min(losses))]
+    return best
 
 
 def step_errors(cost: Any, steps: list[Any]) -> dict[str, float]:
@@ -205,7 +236,7 @@ def show(answer: dict[str, Any]) -> None:
           f"{answer['torch']}, Python {platform.python_version()}; seed {answer['seed']}")  # fmt: skip
     print(f"  B: {answer['workload']}, load {answer['load']}")
     for name, error in answer["steps"].items():
-        print(f"  steps of B by {name:<11} median error {error['median']:6.1%}   P90 {error['p90']:6.1%}   "
+        print(f"  steps of B by {name:<16} median error {error['median']:6.1%}   P90 {error['p90']:6.1%}   "
               f"sum predicted / measured {error['total']:.3f}   ({error['count']} steps)")  # fmt: skip
     print(
         "  setting          " + "".join(f"{k:>28}" for k in ("p50_ttft", "p90_ttft", "p50_e2e", "p90_e2e", "mean_e2e"))
@@ -242,7 +273,7 @@ def main() -> None:
     parser.add_argument("--threads", default=f"1,{os.cpu_count()}", help="numbers, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each real run")
-    parser.add_argument("--load", type=float, default=0.8, help="of B: arrivals over capacity")
+    parser.add_argument("--load", type=float, default=0.5, help="of B: arrivals over capacity")
     parser.add_argument("--profile", default="", help="file: read if it exists, else written")
     parser.add_argument("--json", default="", help="file for all numbers")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
