@@ -9,12 +9,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llmlab.assembly import register
+    from llmlab.checking import check
     from llmlab.comparing import compare
     from llmlab.config import EngineConfig
     from llmlab.engine import Engine
     from llmlab.llm import LLM
     from llmlab.running import run
     from llmlab.runs import Run
+    from llmlab.sweeping import sweep
     from llmlab.types import LabError, Request, SamplingParams
     from llmlab.workloads.workload import Workload
 
@@ -22,11 +24,11 @@ _HOME = {
     "LLM": "llmlab.llm", "SamplingParams": "llmlab.types", "Engine": "llmlab.engine",
     "EngineConfig": "llmlab.config", "run": "llmlab.running", "Run": "llmlab.runs",
     "Workload": "llmlab.workloads.workload", "register": "llmlab.assembly", "LabError": "llmlab.types",
-    "Request": "llmlab.types", "compare": "llmlab.comparing",
+    "Request": "llmlab.types", "compare": "llmlab.comparing", "check": "llmlab.checking", "sweep": "llmlab.sweeping",
 }  # fmt: skip
 __all__ = [
-    "LLM", "Engine", "EngineConfig", "LabError", "Request", "Run", "SamplingParams", "Workload", "compare", "register",
-    "run",
+    "LLM", "Engine", "EngineConfig", "LabError", "Request", "Run", "SamplingParams", "Workload", "check", "compare",
+    "register", "run", "sweep",
 ]  # fmt: skip
 
 

@@ -1,0 +1,708 @@
+"""`llmlab.check(policy)`: does a plug-in keep the contract of its seam? Failures as sentences.
+
+total         an answer that makes sense for every view: nobody, one, hundreds, no free block, huge numbers
+pure          the same view, the same answer, whenever and in whatever order it is asked; nothing in a view changes
+forgetful     no view is kept, and memory does not grow with the number of calls
+reproducible  other processes, with other hash seeds, answer the same
+order-blind   listing the same requests in another order changes no choice
+fair          in a simulated run an old request ends in time, although newer ones never stop coming
+quick         microseconds for a call, and none beyond what the engine allows
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import inspect
+import json
+import math
+import os
+import pickle
+import random
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice, pairwise
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from llmlab.assembly import REGISTRIES
+from llmlab.config import EngineConfig
+from llmlab.engine import Engine
+from llmlab.events import catalog as ev
+from llmlab.registry import policy_name
+from llmlab.running import Feed
+from llmlab.scheduling import seamcalls
+from llmlab.seams import BlockView, EngineView, Limits, Need, Offers, PoolView, RequestView, TierOption
+from llmlab.sweeping import pack
+from llmlab.types import ConfigError, Cost, PolicyError, Request, SamplingParams, Span, Status, WorkItem, unknown_name
+from llmlab.workloads.source import Finished, TimedRequest
+from llmlab.workloads.workload import Workload
+from roofline import shapes
+from roofline.cost import CostModel
+from roofline.rows import Rows
+
+BLOCK = 16  # tokens in a block of the views
+PATIENCE = 5.0  # how many times later than under the default policies an old request may end
+STREAM = 500  # newer requests in the simulated run
+ROUNDS, CALLS = 5, 250  # to see whether memory grows
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What `check` found. `failures`: sentences, none if all is well. `notes`: what could not be checked, and why.
+    `microseconds`: median time of a call, by the number of requests in the view; `num_cases`: questions asked."""
+
+    policy: str
+    seam: str
+    failures: tuple[str, ...]
+    notes: tuple[str, ...]
+    microseconds: Mapping[int, float]
+    num_cases: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def __str__(self) -> str:
+        speed = ", ".join(f"{took:.3g} µs with {size}" for size, took in self.microseconds.items())
+        wrong = f"{len(self.failures)} failure{'s' if len(self.failures) > 1 else ''}"
+        lines = [
+            f"{self.policy} as {self.seam}: {wrong if self.failures else 'ok'} ({self.num_cases} questions; a call takes {speed})"
+        ]
+        return "\n".join([*lines, *(f"  - {f}" for f in self.failures), *(f"  note: {n}" for n in self.notes)])
+
+
+def check(policy: Any, seam: str | None = None, *, patience: float = PATIENCE, timeout: float | None = None) -> Report:
+    """Whether `policy` (an object, or a registered name with its `seam`) keeps the contract of its seam.
+
+    The seam is recognised by the methods, or named: ordering, admission, length_model, victim, composer, placement,
+    eviction, tiering. `patience`: how many times later than under the default policies an old request may end
+    (math.inf: as late as it likes; shortest-job-first, for one, starves by design). `timeout`: seconds of CPU for a
+    call, by default the engine's. Works on a copy. Raises ConfigError for what is no policy.
+    """
+    if not patience > 0:
+        raise ConfigError(
+            "patience", patience, "must be a positive number of times", "5 is usual, math.inf forgives all."
+        )
+    subject = _subject(policy, seam)
+    ask = _Asking(subject)
+    allowed = EngineConfig().policy_timeout if timeout is None else timeout
+    cases, answers = ask.first_pass()
+    notes: list[str] = []
+    failures = [
+        *_interface(subject), *_nonsense(ask, cases, answers), *_overruns(ask, cases, answers, allowed),
+        *_changes(ask, cases), *_impurity(ask, cases, answers), *_order(ask), *_keeps(ask, answers), *_grows(ask, notes),
+        *_elsewhere(ask, cases, answers, notes),
+    ]  # fmt: skip
+    if subject.seam in REGISTRIES:
+        failures += _starvation(subject, patience)
+    return Report(policy_name(subject.policy), subject.seam, tuple(failures), tuple(notes), ask.speed(), len(cases))
+
+
+# --------------------------------------------------------------------------------------------- seams
+class SeamOf(NamedTuple):
+    """How to ask a seam: its method, its number of arguments, and the answer as plain, comparable data (raises
+    PolicyError on nonsense). `choice` is the part that must not depend on the order of candidates."""
+
+    method: str
+    num_args: int
+    plain: Callable[[Any, tuple[Any, ...]], Any]
+    choice: Callable[[Any], Any]
+
+
+def _plain_key(answer: Any, args: tuple[Any, ...]) -> Any:
+    return seamcalls.checked_key(answer)
+
+
+def _plain_admission(answer: Any, args: tuple[Any, ...]) -> Any:
+    checked = seamcalls.checked_admission(answer)
+    return type(checked).__name__, checked.reason
+
+
+def _plain_items(answer: Any, args: tuple[Any, ...]) -> Any:
+    view, offers = args
+    return tuple((item.request, *item.tokens) for item in seamcalls.checked_items(answer, offers, view.limits))
+
+
+def _plain_places(answer: Any, args: tuple[Any, ...]) -> Any:
+    return tuple((item.request, item.device, item.lane) for item in seamcalls.checked_places(answer, args[1]))
+
+
+def _plain_mode(answer: Any, args: tuple[Any, ...]) -> Any:
+    return seamcalls.checked_mode(answer, [option.mode for option in args[2] if option.feasible])
+
+
+def _plain_length(answer: Any, args: tuple[Any, ...]) -> Any:
+    if not isinstance(answer, (int, float)) or not 0 <= answer < math.inf:
+        raise PolicyError("sample", answer, "must be a finite number of tokens, 0 or more")
+    return float(answer)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+SEAMS: Mapping[str, SeamOf] = {
+    "ordering": SeamOf("key", 2, _plain_key, _same),
+    "admission": SeamOf("admit", 3, _plain_admission, lambda answer: answer[0]),
+    "length_model": SeamOf("sample", 2, _plain_length, _same),
+    "victim": SeamOf("score", 3, _plain_key, _same),
+    "composer": SeamOf("compose", 2, _plain_items, sorted),
+    "placement": SeamOf("place", 2, _plain_places, _same),
+    "eviction": SeamOf("score", 1, _plain_key, _same),
+    "tiering": SeamOf("choose", 3, _plain_mode, _same),
+}
+
+
+class Subject(NamedTuple):
+    """The policy under examination, at its seam."""
+
+    policy: Any
+    seam: str
+
+    @property
+    def method(self) -> str:
+        return SEAMS[self.seam].method
+
+
+def _subject(policy: Any, seam: str | None) -> Subject:
+    if seam is not None and seam not in SEAMS:
+        raise unknown_name("seam", seam, SEAMS)
+    if isinstance(policy, str):
+        if seam not in REGISTRIES:
+            raise ConfigError("seam", seam, "a name needs its seam", f'Write check({policy!r}, "ordering").')
+        policy = REGISTRIES[seam].resolve(policy)
+    if isinstance(policy, type):
+        raise ConfigError("policy", policy.__name__, "is a class, not an object", f"Write check({policy.__name__}()).")
+    fitting = [name for name, of in SEAMS.items() if _takes(getattr(policy, of.method, None), of.num_args)]
+    if seam is None and len(fitting) > 1:
+        raise ConfigError(
+            "policy", policy_name(policy), f"fits {' and '.join(fitting)}", "Name one: check(policy, seam)."
+        )
+    if not fitting or seam not in (None, *fitting):
+        wanted = ", ".join(f"{of.method}() of {name}" for name, of in SEAMS.items() if seam in (None, name))
+        raise ConfigError("policy", policy_name(policy), f"has no method like {wanted}, with its arguments",
+                          "llmlab.seams says what each seam asks.")  # fmt: skip
+    with suppress(Exception):  # what cannot be copied is examined itself
+        policy = copy.deepcopy(policy)
+    return Subject(policy, seam or fitting[0])
+
+
+def _takes(method: Any, num_args: int) -> bool:
+    if not callable(method):
+        return False
+    try:
+        inspect.signature(method).bind(*range(num_args))
+    except TypeError:
+        return False
+    except ValueError:  # built in, without a signature
+        return True
+    return True
+
+
+# --------------------------------------------------------------------------------------------- views
+class Case(NamedTuple):
+    """One question to the policy: what the view is like, and the arguments."""
+
+    name: str
+    args: tuple[Any, ...]
+
+
+class _Views:
+    """Draws views from a seed: the same seed, the same views, in every process. Names of requests begin with `prefix`."""
+
+    def __init__(self, seed: int, prefix: str = "r") -> None:
+        self.dice = random.Random(seed)
+        self._prefix, self._count = prefix, 0
+        self._price, self._sampling = _Price(), SamplingParams(max_tokens=100)
+
+    def request(self, status: Status, **fields: Any) -> RequestView:
+        """A request in some state that an engine could have brought it into."""
+        dice, number = self.dice, self._count
+        self._count += 1
+        prompt = fields.pop("prompt", dice.randint(1, 200))
+        done = status is Status.SWAPPED or (status is Status.RUNNING and dice.random() < 0.7)
+        output = dice.randint(1, 60) if done else 0
+        computed = prompt + output - 1 if done else dice.randrange(prompt) if status is Status.RUNNING else 0
+        arrival = fields.pop("arrival", round(dice.uniform(0, 90), 3))
+        details = {"deadline": dice.choice([None, arrival + dice.uniform(0, 60)]), "metadata": self._metadata(output)}
+        request = Request(
+            f"{self._prefix}{number}", number, (1,) * prompt, self._sampling, arrival,
+            fields.pop("priority", dice.randint(-1, 2)), max_total_tokens=prompt + 100, **{**details, **fields},
+        )  # fmt: skip
+        blocks = -(-computed // BLOCK) if status is Status.RUNNING else 0
+        return RequestView(request.id, number, arrival, request.priority, status, prompt, prompt + output, computed,
+                           dice.randrange(prompt) // BLOCK * BLOCK, blocks, dice.randint(0, 2), request)  # fmt: skip
+
+    def _metadata(self, output: int) -> dict[str, Any]:
+        return {"output_len": output + self.dice.randint(1, 40), "tags": ["a", {"b": self.dice.randint(0, 9)}]}
+
+    def view(self, num_waiting: int, num_running: int, num_free: int | None = None, **fields: Any) -> EngineView:
+        """A view with so many requests; `fields` go into every request."""
+        dice = self.dice
+        queued = [
+            dice.choice([Status.WAITING, Status.WAITING, Status.PREEMPTED, Status.SWAPPED]) for _ in range(num_waiting)
+        ]
+        waiting = tuple(self.request(status, **fields) for status in queued)
+        running = tuple(self.request(Status.RUNNING, **fields) for _ in range(num_running))
+        free = dice.randint(1, 60) if num_free is None else num_free
+        pool = PoolView(sum(r.num_blocks for r in running) + free, free, 0, 64, dice.randint(0, 64), BLOCK)
+        limits = Limits(num_running + dice.randint(1, 4), dice.choice([16, 64, 512, 8192]), 1 << 18)
+        return EngineView(
+            dice.uniform(90, 100), dice.randint(0, 9999), waiting, num_waiting, running, pool, limits, self._price
+        )
+
+    def situations(self) -> Iterator[tuple[str, EngineView]]:
+        """Views of every kind that a policy must be able to answer, with a name for each."""
+        for number in range(12):
+            yield f"ordinary view {number}", self.view(self.dice.randint(0, 8), self.dice.randint(1, 8))
+        yield "a view of nobody", self.view(0, 0)
+        yield "a view of one queued request", self.view(1, 0)
+        yield "a view of one running request", self.view(0, 1)
+        yield "a view of 300 requests", self.view(64, 236)
+        yield "a view with no free block", self.view(5, 5, num_free=0)
+        yield "a view without deadlines and metadata", self.view(5, 5, deadline=None, metadata={})
+        yield (
+            "a view of requests that are all alike",
+            self.view(5, 5, arrival=1.0, priority=0, deadline=2.0, metadata={}),
+        )
+        huge = {"prompt": 100_000, "arrival": 1e12, "priority": 2**63 - 1, "deadline": 1e300}
+        yield "a view with huge numbers", self.view(3, 3, num_free=2**53, **huge)
+        yield "a view with hugely negative priorities", self.view(3, 3, priority=-(2**63) + 1)
+
+    def cases(self, seam: str) -> Iterator[Case]:
+        """All situations, as questions to `seam`."""
+        for name, view in self.situations():
+            yield from (Case(name, args) for args in self.questions(seam, view))
+
+    def questions(self, seam: str, view: EngineView) -> Iterator[tuple[Any, ...]]:
+        """What `seam` may be asked in this view, at most eight questions."""
+        dice, running = self.dice, view.running
+        queued = view.waiting[:4] or (self.request(Status.WAITING),)
+        if seam == "ordering":
+            yield from ((request, view.now) for request in queued)
+        elif seam == "length_model":
+            yield from ((request, level) for request in queued[:2] for level in (0.1, 0.5, 0.9, 0.99))
+        elif seam == "admission":
+            need = dice.randint(0, 20)
+            yield view, queued[0], Need(need, need + dice.randint(0, 20))
+        elif seam == "composer":
+            yield view, self._offers(view)
+        elif seam == "placement":
+            yield view, self._offers(view).running
+        elif seam == "eviction":
+            for top in (1, 50, 2**40):
+                yield (BlockView(dice.randrange(top), dice.randrange(top), dice.randrange(top), dice.randrange(top)),)
+        else:
+            yield from self._about_victims(seam, view, running[:6] or (self.request(Status.RUNNING),))
+
+    def _about_victims(self, seam: str, view: EngineView, running: Sequence[RequestView]) -> Iterator[tuple[Any, ...]]:
+        if seam == "victim":
+            yield from ((view, candidate, running[-1]) for candidate in running)
+            return
+        again = Cost(self.dice.uniform(0, 1))
+        for feasible in (True, False):
+            swap = TierOption(
+                "swap", Cost(self.dice.uniform(0, 1)), feasible, "" if feasible else "no host block is free"
+            )
+            yield view, running[0], (TierOption("recompute", again, True), swap)
+
+    def _offers(self, view: EngineView) -> Offers:
+        """What the decoding methods would offer, as the scheduler builds it."""
+        seats = view.limits.max_num_seqs - len(view.running)
+        waiting = (WorkItem(r.id, Span(r.num_cached_tokens, r.num_tokens)) for r in view.waiting[:seats])
+        return Offers(
+            tuple(WorkItem(r.id, Span(r.num_computed_tokens, r.num_tokens)) for r in view.running), tuple(waiting)
+        )
+
+
+class _Price:
+    """`EngineView.consider` of the views: prices work, remembers nothing. All of them are equal."""
+
+    def __init__(self) -> None:
+        self._model = CostModel(shapes.get("lab-s"), "t4")
+
+    def __call__(self, option: str, items: Sequence[WorkItem]) -> Cost:
+        cost = self._model.step(Rows([item.num_tokens for item in items], [item.tokens[1] for item in items]))
+        return Cost(cost.seconds, cost.flops)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Price)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Answer(NamedTuple):
+    """What came back: plain data, or what went wrong. `seconds` of CPU."""
+
+    value: Any
+    error: str
+    seconds: float
+
+    @property
+    def said(self) -> Any:
+        return self.error or self.value
+
+
+class _Asking:
+    """Puts questions to a policy as the engine would."""
+
+    def __init__(self, subject: Subject, seed: int = 0) -> None:
+        self.subject, self._seed = subject, seed
+        self.seam = SEAMS[subject.seam]
+
+    def cases(self) -> list[Case]:
+        """All questions; equal but fresh objects at every call."""
+        return list(_Views(self._seed).cases(self.subject.seam))
+
+    def answer(self, case: Case) -> Answer:
+        began = time.thread_time()
+        value, error = None, ""
+        try:
+            value = self.seam.plain(getattr(self.subject.policy, self.seam.method)(*case.args), case.args)
+        except PolicyError as nonsense:
+            error = f"answers nonsense: {nonsense}"
+        except (Exception, SystemExit) as raised:  # a policy may raise anything
+            error = f"raises {type(raised).__name__}: {raised}"
+        return Answer(value, error, time.thread_time() - began)
+
+    def first_pass(self) -> tuple[list[Case], list[Answer]]:
+        cases = self.cases()
+        return cases, [self.answer(case) for case in cases]
+
+    def speed(self) -> dict[int, float]:
+        """Median microseconds of a call, by the size of the view."""
+        took = {}
+        for size in (8, 64, 256):
+            views = _Views(size)
+            questions = [
+                Case("", args) for args in views.questions(self.subject.seam, views.view(min(64, size // 2), size // 2))
+            ]
+            times = [self._seconds(case) for _ in range(max(1, 30 // len(questions))) for case in questions]
+            took[size] = round(median(times) * 1e6, 2)
+        return took
+
+    def _seconds(self, case: Case) -> float:
+        """Of the call alone; an answer that is made while it is read (a generator) is read to its end."""
+        method = getattr(self.subject.policy, self.seam.method)
+        began = time.perf_counter()
+        with suppress(Exception, SystemExit):
+            answer = method(*case.args)
+            if isinstance(answer, Iterator):
+                deque(answer, maxlen=0)
+        return time.perf_counter() - began
+
+
+# -------------------------------------------------------------------------------------------- checks
+def _interface(subject: Subject) -> list[str]:
+    refresh = getattr(subject.policy, "refresh", "arrival")
+    if subject.seam == "ordering" and refresh not in ("arrival", "step"):
+        return [f"refresh is {refresh!r}, which means neither 'arrival' nor 'step': keys are computed on arrival only."]
+    if subject.seam == "length_model" and not callable(getattr(subject.policy, "observe", None)):
+        return ["it has no observe(): it can never learn."]
+    return []
+
+
+def _nonsense(ask: _Asking, cases: Sequence[Case], answers: Sequence[Answer]) -> list[str]:
+    """Cases without a proper answer, grouped by what went wrong."""
+    wrong: dict[str, dict[str, None]] = {}
+    for case, answer in zip(cases, answers):
+        if answer.error:
+            wrong.setdefault(answer.error[:300], {})[case.name] = None
+    sentences = [f"{ask.seam.method}() {error} For {_some(list(names))}." for error, names in wrong.items()]
+    return _few(sentences, "other errors")
+
+
+def _overruns(ask: _Asking, cases: Sequence[Case], answers: Sequence[Answer], allowed: float) -> list[str]:
+    slow = [(answer.seconds, case.name) for case, answer in zip(cases, answers) if answer.seconds > allowed]
+    if not slow:
+        return []
+    seconds, name = max(slow)
+    return [f"{ask.seam.method}() is too slow: {seconds:.2g} s of CPU for {name}, the engine allows {allowed:g} s."]
+
+
+def _changes(ask: _Asking, cases: Sequence[Case]) -> list[str]:
+    """Anything in the views of the first pass that is not as it was drawn."""
+    found = (_difference(case.args, fresh.args, "") for case, fresh in zip(cases, ask.cases()))
+    said = {f"{ask.seam.method}() changes what it sees: {what} (in {case.name}).": None
+            for case, what in zip(cases, found) if what}  # fmt: skip
+    return _few(list(said), "other changes", 2)
+
+
+def _difference(now: Any, before: Any, path: str) -> str:
+    """Where two values differ, as part of a sentence; "" if nowhere."""
+    if now == before:
+        return ""
+    parts: Iterator[tuple[str, Any, Any]] = iter(())
+    if isinstance(now, msgspec.Struct) and type(now) is type(before):
+        parts = ((f".{name}", getattr(now, name), getattr(before, name)) for name in now.__struct_fields__)
+    elif isinstance(now, (tuple, list)) and isinstance(before, (tuple, list)):
+        parts = ((f"[{index}]", a, b) for index, (a, b) in enumerate(zip(now, before)))
+    inside = next((found for name, a, b in parts if (found := _difference(a, b, path + name))), "")
+    return inside or f"{path.lstrip('.') or 'an argument'} was {_short(before)}, and is {_short(now)} afterwards"
+
+
+def _impurity(ask: _Asking, cases: Sequence[Case], answers: Sequence[Answer]) -> list[str]:
+    """Ask everything again, in another order."""
+    again = ask.cases()
+    order = list(range(len(again)))
+    random.Random(1).shuffle(order)
+    second = {index: ask.answer(again[index]) for index in order}
+    differing = [i for i, answer in enumerate(answers) if second[i].said != answer.said]
+    if not differing:
+        return []
+    index = differing[0]
+    return [f"{ask.seam.method}() is no function of what it sees: for {cases[index].name} it said {_short(answers[index].said)}, "
+            f"and {_short(second[index].said)} when asked again; {len(differing)} of {len(answers)} answers changed."]  # fmt: skip
+
+
+def _order(ask: _Asking) -> list[str]:
+    """List the same candidates in another order: the choice must stay."""
+    sentences = {}
+    for what, case, turned in _turned(ask):
+        here, there = ask.answer(case), ask.answer(turned)
+        if not here.error and not there.error and ask.seam.choice(here.value) != ask.seam.choice(there.value):
+            sentences[what] = (f"the order of {what} matters: for {case.name} {ask.seam.method}() said {_short(here.value)}, and "
+                               f"{_short(there.value)} when they were listed the other way round.")  # fmt: skip
+    return list(sentences.values())
+
+
+def _turned(ask: _Asking) -> Iterator[tuple[str, Case, Case]]:
+    """Pairs of questions that differ in the order of something that is no order."""
+    for case in ask.cases():
+        if not case.args or not isinstance(case.args[0], EngineView):
+            continue
+        view, *rest = case.args
+        yield "running requests", case, Case(case.name, (replace(view, running=view.running[::-1]), *rest))
+        if ask.subject.seam == "tiering":
+            yield "options", case, Case(case.name, (view, rest[0], rest[1][::-1]))
+        elif ask.subject.seam == "composer":  # offers come in order of priority: it may matter only if something binds
+            roomy = replace(view, limits=Limits(1 << 20, 1 << 40, view.limits.max_model_len))
+            turned = Offers(rest[0].running[::-1], rest[0].waiting[::-1])
+            yield "offers that all fit", Case(case.name, (roomy, rest[0])), Case(case.name, (roomy, turned))
+
+
+def _keeps(ask: _Asking, answers: Sequence[Answer]) -> list[str]:
+    """Count the references to everything in a view before and after the call."""
+    for case, answer in zip(ask.cases(), answers):
+        if answer.error:
+            continue  # its traceback holds the frame that holds the view
+        shown = _parts(case.args)
+        before = [sys.getrefcount(part) for part in shown]
+        ask.answer(case)
+        after = [sys.getrefcount(part) for part in shown]
+        if after != before:
+            gc.collect()  # what a cycle holds is not kept
+            after = [sys.getrefcount(part) for part in shown]
+        kept = [part for part, was, now in zip(shown, before, after) if now > was]
+        if kept:
+            return [f"{ask.seam.method}() keeps what it was shown: a {type(kept[0]).__name__} of {case.name} was still "
+                    "referenced after the call."]  # fmt: skip
+    return []
+
+
+def _parts(args: tuple[Any, ...]) -> list[Any]:
+    """The objects in the arguments of a call that nobody may keep."""
+    found: list[Any] = []
+    for arg in args:
+        views = (
+            [*arg.running, *arg.waiting]
+            if isinstance(arg, EngineView)
+            else [arg]
+            if isinstance(arg, RequestView)
+            else []
+        )
+        found += [arg] if isinstance(arg, (EngineView, Offers, BlockView)) else []
+        for view in views:
+            found += [view, view.request, view.request.metadata]
+    return list({id(part): part for part in found}.values())
+
+
+def _grows(ask: _Asking, notes: list[str]) -> list[str]:
+    """Memory after each of several rounds of calls with new requests: it must come to rest."""
+    began, sizes = time.perf_counter(), []
+    with _traced_memory():
+        for number in range(ROUNDS):
+            _one_round(ask, _Views(1000 + number, prefix=f"g{number}."))
+            gc.collect()
+            sizes.append(tracemalloc.get_traced_memory()[0])
+            if time.perf_counter() - began > 3.0:
+                notes.append("whether its memory grows was not checked: its calls are too slow for that.")
+                return []
+    growth = [later - earlier for earlier, later in pairwise(sizes[1:])]
+    per_call = fmean(growth) / CALLS
+    if min(growth) <= 0 or per_call < 4:
+        return []
+    return [
+        f"it keeps growing: by {per_call:.0f} bytes with every call, over {ROUNDS * CALLS} calls with new requests."
+    ]
+
+
+@contextmanager
+def _traced_memory() -> Iterator[None]:
+    """Trace allocations; what there is already is kept out of the way of the garbage collector, which is faster so."""
+    traced, frozen = tracemalloc.is_tracing(), gc.get_freeze_count()
+    if not frozen:
+        gc.freeze()
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        if not traced:
+            tracemalloc.stop()
+        if not frozen:
+            gc.unfreeze()
+
+
+def _one_round(ask: _Asking, views: _Views) -> None:
+    made = 0
+    while made < CALLS:
+        for args in views.questions(ask.subject.seam, views.view(1, 1)):
+            ask.answer(Case("", args))
+            _observe(ask.subject, args)
+            made += 1
+
+
+def _observe(subject: Subject, args: tuple[Any, ...]) -> None:
+    if subject.seam == "length_model" and callable(getattr(subject.policy, "observe", None)):
+        subject.policy.observe(args[0].request, args[0].request.metadata["output_len"])
+
+
+# ----------------------------------------------------------------------------------- other processes
+_CHILD = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from llmlab.checking import elsewhere; elsewhere()"
+
+
+def _elsewhere(ask: _Asking, cases: Sequence[Case], answers: Sequence[Answer], notes: list[str]) -> list[str]:
+    """Ask the same in two fresh processes with hash seeds of their own."""
+    try:
+        question = pickle.dumps(sys.path) + pickle.dumps(ask.subject.seam) + pack(ask.subject.policy)
+    except ConfigError as error:
+        notes.append(f"it was not asked in other processes: {error.problem}.")
+        return []
+    children = {seed: _start_child(seed) for seed in (1, 2)}
+    here = [_comparable(answer) for answer in answers]
+    failures = []
+    for seed, child in children.items():
+        out, err = child.communicate(question)
+        if child.returncode:
+            last = err.decode(errors="replace").strip().rpartition("\n")[2]
+            notes.append(f"it was not asked in the process with PYTHONHASHSEED={seed}: {last[:200]}.")
+            continue
+        there = json.loads(out)
+        index = next((i for i, (a, b) in enumerate(zip(here, there)) if a != b), None)
+        if index is not None:
+            failures.append(f"another process (PYTHONHASHSEED={seed}) decides otherwise: for {cases[index].name} "
+                            f"{ask.seam.method}() said {_short(there[index])} there and {_short(here[index])} here.")  # fmt: skip
+    return failures[:1]
+
+
+def _start_child(seed: int) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    env = {**os.environ, "PYTHONHASHSEED": str(seed)}
+    return subprocess.Popen([sys.executable, "-c", _CHILD], stdin=pipe, stdout=pipe, stderr=pipe, env=env)
+
+
+def elsewhere() -> None:
+    """The other end of `_elsewhere`: a policy from stdin, its answers as a line of JSON to stdout."""
+    out, sys.stdout = sys.stdout, sys.stderr  # the policy may print
+    seam, policy = pickle.load(sys.stdin.buffer), pickle.load(sys.stdin.buffer)
+    _, answers = _Asking(Subject(policy, seam)).first_pass()
+    out.write(json.dumps([_comparable(answer) for answer in answers]))
+    out.flush()
+
+
+def _comparable(answer: Answer) -> str:
+    """An answer as text that is the same in every process; errors by their kind, for messages may hold addresses."""
+    return answer.error.split(":")[0] if answer.error else repr(answer.value)
+
+
+# ------------------------------------------------------------------------------------ a simulated run
+_PROBES = {"a long request": (96, 64), "a short request": (6, 4)}
+_NARROW: Mapping[str, Any] = {
+    "model": "lab-xs", "executor": "sim", "hardware": "t4", "num_blocks": 64, "block_size": 4, "max_num_seqs": 8,
+    "max_num_batched_tokens": 64, "log_level": 1, "check_interval": 0,
+}  # fmt: skip
+
+
+class _Stream:
+    """24 requests at a time, a new one for every one that ends, and the probes, which come behind the first of them."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._stream = Workload.batch(STREAM, prompt=(4, 40), output=(2, 24)).requests(vocab_size)
+        prompts, outputs = zip(*_PROBES.values())
+        self._probes = Workload((0.0,) * len(_PROBES), prompts, outputs, seed=1).requests(vocab_size)
+
+    def arriving(self) -> Iterator[TimedRequest]:
+        yield from islice(self._stream, 24)
+        yield from (dataclasses.replace(probe, id=name) for name, probe in zip(_PROBES, self._probes))
+
+    def on_finish(self, finished: Finished) -> Sequence[TimedRequest]:
+        if finished.request.id in _PROBES:
+            return ()
+        return [dataclasses.replace(request, arrival=finished.time) for request in islice(self._stream, 1)]
+
+
+class _Ran(NamedTuple):
+    """How the probes fared: end-to-end seconds, and how many others ended before them; and the policy's failures."""
+
+    e2e: list[float]
+    overtaken: list[int]
+    failed: list[ev.PolicyFailed]
+
+
+def _starvation(subject: Subject, patience: float) -> list[str]:
+    usual = _ran({})
+    try:
+        got = _ran({subject.seam: subject.policy})
+    except (Exception, SystemExit) as error:  # past the engine's guard: what no run survives
+        return [f"a simulated run ended with {type(error).__name__}: {_short(str(error))}."]
+    failures = []
+    if got.failed:
+        failures.append(f"in a simulated run it failed {len(got.failed)} times, first: {got.failed[0].error}.")
+    for index, (name, size) in enumerate(_PROBES.items()):
+        if got.e2e[index] > patience * usual.e2e[index]:
+            failures.append(
+                f"starves requests: {name} ({size[0]} + {size[1]} tokens) ended after {got.overtaken[index]} of {STREAM} others, "
+                f"{got.e2e[index] / usual.e2e[index]:.1f} times later than under the default policies; allowed are "
+                f"{patience:g} times."
+            )
+    return failures
+
+
+def _ran(policies: Mapping[str, Any]) -> _Ran:
+    """Serve the stream; the same machine and requests, whatever the policies."""
+    with Engine(EngineConfig(**{**_NARROW, **policies})) as engine:
+        feed = Feed(engine, _Stream(engine.model.vocab_size))
+        overtaken: dict[str, int] = {}
+        ended = 0
+        while feed.pour():
+            for output in engine.step():
+                feed.take(output)
+                if output.finished and output.request_id in _PROBES:
+                    overtaken[output.request_id] = ended
+                elif output.finished:
+                    ended += 1
+        e2e = [engine.metrics.requests[name].e2e or 0.0 for name in _PROBES]
+        return _Ran(e2e, [overtaken[name] for name in _PROBES], engine.log.filter(ev.PolicyFailed))
+
+
+# --------------------------------------------------------------------------------------------- words
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 90 else text[:87] + "..."
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _few(sentences: Sequence[str], rest: str, most: int = 4) -> list[str]:
+    return [*sentences[:most], *([f"{len(sentences) - most} {rest}."] if len(sentences) > most else [])]
