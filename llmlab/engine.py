@@ -228,6 +228,7 @@ class Engine:
     # ----------------------------------------------------------------------------------- outputs
     def _outputs(self, updates: Sequence[Update]) -> list[RequestOutput]:
         changed: dict[str, RequestOutput] = {}
+        ended: dict[str, None] = {}
         for update in updates:
             state = self._answers.get(update.request)
             if state is None:
@@ -238,7 +239,9 @@ class Engine:
             elif update.finish_reason is not None:
                 self._forget.append(update.request)
             changed[state.parent.request_id] = state.parent
-        for request_id in changed:
+            if state.output.finish_reason is not None:
+                ended[state.parent.request_id] = None
+        for request_id in ended:
             self._close_group(request_id)
         return list(changed.values())
 

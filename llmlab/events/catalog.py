@@ -20,7 +20,7 @@ from llmlab.types import Cost, Durations, FinishReason, ItemResult, Move, Reques
 SCHEMA = 1
 
 
-class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="event", kw_only=True):
+class Event(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="event", kw_only=True, gc=False):
     """The header common to all events."""
 
     LEVEL: ClassVar[int] = 1

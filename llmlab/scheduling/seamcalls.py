@@ -20,6 +20,7 @@ from llmlab.registry import policy_name
 from llmlab.seams import Admit, Limits, Offers, Wait
 from llmlab.types import ConfigError, Cost, PolicyError, WorkItem
 
+_LARGEST = 2**63  # integers from here on fit into no log
 P = TypeVar("P")
 A = TypeVar("A")
 
@@ -89,11 +90,14 @@ class Considered:
 # ------------------------------------------------------------------------------ answers that make sense
 def checked_key(key: Any) -> tuple[Any, ...]:
     """A key as a tuple of numbers, which any two keys can be compared by and a log can hold."""
+    kind = type(key)
+    if (kind is float and key == key) or (kind is int and abs(key) < _LARGEST):  # the common case
+        return (key,)
     parts = key if isinstance(key, tuple) else (key,)
     if not all(isinstance(part, (int, float)) for part in parts):  # numbers of numpy become Python's
         parts = tuple(float(part) if isinstance(part, Real) else part for part in parts)
     for part in parts:
-        if not isinstance(part, (int, float)) or part != part or (isinstance(part, int) and abs(part) >= 2**63):
+        if not isinstance(part, (int, float)) or part != part or (isinstance(part, int) and abs(part) >= _LARGEST):
             raise PolicyError("key", key, "must be a number or a tuple of numbers, without NaN")
     if not parts:
         raise PolicyError("key", key, "is empty", "Return a number, such as request.arrival.")
