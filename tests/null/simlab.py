@@ -16,7 +16,9 @@ from llmlab.events.state import LabState
 from llmlab.execution.base import Executor, Row, StepBatch, Ticket
 from llmlab.execution.sim_executor import PseudoTokens
 from llmlab.outputs import RequestOutput
-from llmlab.types import Move, Request, SamplingParams, StepPlan
+from llmlab.scheduling.composers import fill
+from llmlab.seams import EngineView, Offers
+from llmlab.types import Move, Request, SamplingParams, StepPlan, WorkItem
 
 MODEL, HARDWARE = "lab-xs", "t4"
 EMPTY = 0  # what a slot holds that nobody wrote
@@ -137,6 +139,16 @@ class Watch:
             if self.engine.log.level >= 3:
                 table = scheduler.memory.tables.get(name)
                 assert told.block_ids == (table.block_ids if table else []), name
+
+
+class WaitingFirst:
+    """A composer that starts requests before it grows those that run, so that they are preempted as they start."""
+
+    name = "waiting_first"
+
+    def compose(self, view: EngineView, offers: Offers) -> list[WorkItem]:
+        limits = view.limits
+        return fill([*offers.waiting, *reversed(offers.running)], limits.max_num_batched_tokens, limits.max_num_seqs)
 
 
 def sim_engine(**fields: Any) -> Engine:

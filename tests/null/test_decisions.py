@@ -204,13 +204,13 @@ def test_a_refused_request_is_explained_by_its_refusal() -> None:
 
 def test_waiting_reasons_name_what_is_missing() -> None:
     reasons: dict[str, list[str]] = {}
-    engine = sim_engine(num_blocks=8, block_size=2, max_num_seqs=3, max_num_batched_tokens=6, overlap_depth=1)
+    engine = sim_engine(num_blocks=8, block_size=2, max_num_seqs=3, max_num_batched_tokens=6, overlap_depth=2)
     for i in range(6):
         engine.add_request([i] * 5, SamplingParams(n=1 + i % 2, max_tokens=6, ignore_eos=True))
     run_to_end(engine, 500)
     for event in engine.log.filter(ev.RequestWaiting):
         reasons.setdefault(event.reason, []).append(event.detail)
-    assert {"seats", "memory", "sibling"} <= set(reasons) and all(all(d) for d in reasons.values())
+    assert {"seats", "memory", "sibling", "in_flight"} <= set(reasons) and all(all(d) for d in reasons.values())
     assert any("max_num_seqs" in d for d in reasons["seats"])
     assert any("r1#0" in d for d in reasons["sibling"])
 

@@ -175,6 +175,30 @@ def test_an_admission_that_always_waits_lets_one_in_at_a_time() -> None:
     assert max(len(e.items) for e in engine.log.filter(ev.StepPlanned)) == 1
 
 
+def test_the_oldest_running_request_is_never_a_candidate() -> None:
+    """So somebody always advances, whatever a victim policy says."""
+
+    def oldest_first(view: EngineView, candidate: RequestView, needy: RequestView) -> float:
+        still = engine.scheduler.running.values()
+        oldest = min(still, key=lambda s: (s.request.arrival, s.request.number))
+        assert candidate.id != oldest.id
+        return candidate.number
+
+    engine = small("victim", plugin("victim", oldest_first))
+    assert not survives(engine)
+    assert engine.log.filter(ev.RequestPreempted)
+
+
+@pytest.mark.parametrize("view_cap", [1, 2, 64])
+@pytest.mark.parametrize("tiering", ["recompute", "swap"])
+def test_siblings_that_an_ordering_puts_first_do_not_wait_for_their_parent(view_cap: int, tiering: str) -> None:
+    last_come_first = plugin("ordering", lambda request, now: -request.number)
+    engine = small("ordering", last_come_first, view_cap=view_cap, tiering=tiering)
+    for i in range(4):
+        engine.add_request([i] * 5, SamplingParams(n=3, max_tokens=6, ignore_eos=True))
+    assert not survives(engine, 2000)
+
+
 def test_a_composer_that_starves_the_oldest_ends_all_the_same() -> None:
     def newest_only(view: EngineView, offers: Offers) -> Sequence[WorkItem]:
         last = (*offers.running, *offers.waiting)[-1]
