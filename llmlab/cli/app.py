@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llmlab.cli import listing, serving, touring, traces
+from llmlab.cli import checks, comparing, listing, profiles, roofs, serving, simulating, sweeping, touring, traces
 from llmlab.types import LabError
+from roofline.errors import RooflineError
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -20,7 +21,7 @@ class LabGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except LabError as error:
+        except (LabError, RooflineError) as error:
             _say(str(error))
             raise typer.Exit(USAGE) from None
         except KeyboardInterrupt:
@@ -65,5 +66,11 @@ def _root(
 
 touring.add_to(app)
 serving.add_to(app)
+simulating.add_to(app)
+comparing.add_to(app)
+sweeping.add_to(app)
+checks.add_to(app)
+roofs.add_to(app)
+profiles.add_to(app)
 traces.add_to(app)
 listing.add_to(app)

@@ -73,10 +73,13 @@ def option_fields() -> list[str]:
     return [name for name in EngineConfig.__struct_fields__ if name not in HIDDEN_FIELDS]
 
 
-def engine_options(*names: str, recorded: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def engine_options(
+    *names: str, recorded: bool = False, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command, whose parameter `engine` is a dict, an option for each field in `names` (all if none).
 
-    `recorded`: the defaults come from a trace, so the help shows none.
+    `recorded`: the defaults come from a trace, so the help shows none. `defaults`: fields that are something else here
+    than in a plain EngineConfig; `engine` holds them even if they were not given.
     """
     fields = names or tuple(option_fields())
 
@@ -84,31 +87,34 @@ def engine_options(*names: str, recorded: bool = False) -> Callable[[Callable[..
         @wraps(command)
         def wrapper(**arguments: Any) -> None:
             given = {name: arguments.pop(name) for name in fields}
-            command(**arguments, engine={name: value for name, value in given.items() if value is not None})
+            command(**arguments, engine=defaults | {name: value for name, value in given.items() if value is not None})
 
-        _set_signature(wrapper, command, fields, recorded)
+        _set_signature(wrapper, command, fields, recorded, defaults)
         return wrapper
 
     return decorate
 
 
 def _set_signature(wrapper: Callable[..., None], command: Callable[..., None], fields: tuple[str, ...],
-                   recorded: bool) -> None:  # fmt: skip
+                   recorded: bool, defaults: Mapping[str, Any]) -> None:  # fmt: skip
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "engine"]
-    options = [_parameter(name, recorded) for name in fields]
+    shown = {name: "as recorded" if recorded else _shown({**_defaults(), **defaults}[name]) for name in fields}
+    options = [_parameter(name, shown[name]) for name in fields]
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     del wrapper.__wrapped__  # type: ignore[attr-defined]
 
 
-def _parameter(name: str, recorded: bool) -> inspect.Parameter:
+def _shown(default: Any) -> str:
+    return "auto" if default is None else str(default)
+
+
+def _parameter(name: str, shown: str) -> inspect.Parameter:
     """The option of one field. Not given means None: the default stands in the help only."""
     about = ABOUT.get(name, About("Log and limits", f"EngineConfig.{name}."))
-    default = _defaults()[name]
     hint = _hints()[name]
     choices = f" One of {', '.join(get_args(hint))}." if get_origin(hint) is Literal else ""
-    shown = "as recorded" if recorded else "auto" if default is None else str(default)
     option = typer.Option(
         *_option_names(name), help=f"{about.text}{choices} [dim]\\[default: {shown}][/dim]", rich_help_panel=about.panel,
         show_default=False, metavar="NAME" if choices or name in SEAM_FIELDS else None,

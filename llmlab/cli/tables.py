@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Group, RenderableType
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmlab.events.why import Stretch, Why
 
 
+NAME_WIDTH = 24  # columns that a name gets at least before it is wrapped
 SIDE_BY_SIDE = 136  # columns that two tables need
 
 
@@ -42,6 +43,17 @@ def facts_table(facts: Iterable[Fact], title: str = "") -> Table:
         table.add_column(style="dim")
     for fact in rows:
         table.add_row(*(Text(part) for part in fact[: len(table.columns)]))
+    return table
+
+
+def text_table(rows: Sequence[Sequence[str]], wide: int = 1) -> Table:
+    """Rows of plain text, the first one the head; all but the first `wide` columns stand at the right."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for index, name in enumerate(rows[0]):
+        longest = max(len(row[index]) for row in rows)
+        table.add_column(Text(name), justify="left" if index < wide else "right", no_wrap=index >= wide, min_width=min(longest, NAME_WIDTH))
+    for row in rows[1:]:
+        table.add_row(*(Text(cell, "cyan" if index == 0 else "") for index, cell in enumerate(row)))
     return table
 
 
@@ -95,8 +107,12 @@ def _percentiles(s: Summary) -> list[str]:
 
 def metrics_and_latencies(run: Run, width: int) -> RenderableType:
     """All metrics of a run; side by side where `width` columns allow it."""
-    facts = facts_table(metric_facts(run.metrics, int(run.started.config.get("num_blocks") or 0)))
-    latencies = latency_table(run.metrics)
+    return metrics_tables(run.metrics, int(run.started.config.get("num_blocks") or 0), width)
+
+
+def metrics_tables(m: RunMetrics, num_blocks: int, width: int) -> RenderableType:
+    """Metrics and latencies, of a pool of `num_blocks`; side by side where `width` columns allow it."""
+    facts, latencies = facts_table(metric_facts(m, num_blocks)), latency_table(m)
     if width < SIDE_BY_SIDE:
         return Group(facts, "", latencies)
     grid = Table.grid(padding=(0, 4, 0, 0))
@@ -160,12 +176,12 @@ def why_text(why: Why) -> RenderableType:
     """The answer to `why`, wrapped to the console: headline, then each stretch with its sentences."""
     parts: list[RenderableType] = [Text(why.headline, "bold")]
     for stretch in why.stretches:
-        parts.append(_stretch_title(stretch))
+        parts.append(stretch_title(stretch))
         parts += [Padding(bullet(sentence), (0, 0, 0, 4)) for sentence in stretch.sentences]
     return Group(*parts)
 
 
-def _stretch_title(stretch: Stretch) -> Text:
+def stretch_title(stretch: Stretch) -> Text:
     mark = MARKS[stretch.kind]
     title = Text("  ")
     title.append("■ ", mark.style)

@@ -62,11 +62,11 @@ def why(
     from llmlab.cli.console import stdout
     from llmlab.cli.tables import why_text
 
-    run = _load(trace)
+    run = load(trace)
     stdout().print(why_text(run.why(request, at)))
 
 
-def _load(path: Path) -> Run:
+def load(path: Path) -> Run:
     """The run in a file; a damaged tail is said on stderr."""
     from llmlab.cli.console import stderr, working
     from llmlab.events.trace import Run
@@ -85,7 +85,7 @@ def info(
     timeline: Annotated[bool, typer.Option(help="Draw the requests over time.")] = True,
 ) -> None:
     """What is in a trace: where it was recorded, metrics, events, and a timeline."""
-    run = _load(trace)
+    run = load(trace)
     if as_json:
         _print_json(run)
     else:
@@ -143,7 +143,7 @@ def replay(trace: TraceFile, *, engine: dict[str, Any]) -> None:
     from llmlab.cli.console import stdout, working
     from llmlab.cli.replays import agreement, first_divergence
 
-    run = _load(trace)
+    run = load(trace)
     console = stdout()
     if engine:
         changed = ", ".join(f"{name}={value}" for name, value in engine.items())
@@ -191,7 +191,7 @@ def export(
     writer = next((write for suffix, write in WRITERS.items() if output.name.endswith(suffix)), None)
     if writer is None:
         raise unknown_name("output", output.suffix or output.name, WRITERS)
-    run = _load(trace)
+    run = load(trace)
     with working(f"Writing {output}"):
         writer(run, output)
     stderr().print(f"Wrote {output}", markup=False)

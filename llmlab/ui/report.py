@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import gzip
 import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,9 +64,14 @@ def write_report(run: Run, path: str | Path, texts: Mapping[str, str] = {}, why:
     """
     if theme not in ("light", "dark", "auto"):
         raise ConfigError("theme", theme, "is not a theme", "Choose one of light, dark, auto.")
+    return write_page(path, report_html(run, Texts(texts, prompts, verdicts), why, theme))
+
+
+def write_page(path: str | Path, page: str) -> Path:
+    """Write a page of HTML. Raises TraceError if the file cannot be written."""
     path = Path(path)
     try:
-        path.write_text(report_html(run, Texts(texts, prompts, verdicts), why, theme), encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise TraceError("path", str(path), f"cannot be written ({error.strerror or error})",
                          "Give a path in a directory that exists and that you may write.") from None  # fmt: skip
@@ -75,19 +80,24 @@ def write_report(run: Run, path: str | Path, texts: Mapping[str, str] = {}, why:
 
 def report_html(run: Run, texts: Texts, why: Sequence[str], opens: str) -> str:
     """The whole page."""
+    with theme.enable("light"):
+        drawn = [drawing(name, function(run)) for name, function in _FIGURES.items()]
+    return page_html(headline(run), drawn, _body(run, texts, why, {f.name: f for f in drawn}), opens)
+
+
+def page_html(title: str, drawn: Iterable[Figure], body: Iterable[str], opens: str = "light") -> str:
+    """A page with Vega inside: `body` is HTML with a `figure_card` for each figure that it shows, and a button with the
+    id `theme`; `title` is plain text."""
     import vl_convert
 
     vega = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub says that the snippet is needed
-    with theme.enable("light"):
-        drawn = [drawing(name, function(run)) for name, function in _FIGURES.items()]
     specs = {f.name: {"specs": f.specs, "datasets": f.datasets} for f in drawn if f.specs}
-    title = html.escape(headline(run))
     return "\n".join([
         f'<!doctype html>\n<html lang="en" data-theme="{opens}">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title} · llmlab</title>\n<style>{_asset('report.css')}</style>\n</head>\n<body>",
-        *_body(run, texts, why, {f.name: f for f in drawn}),
+        f"<title>{html.escape(title)} · llmlab</title>\n<style>{_asset('report.css')}</style>\n</head>\n<body>",
+        *body,
         f"<script>{vega}</script>",
         f"<script>const FIGURES = {_json(specs)};\n{_asset('report.js')}</script>\n</body>\n</html>\n",
     ])  # fmt: skip
@@ -129,7 +139,8 @@ def _joined(heading: Mapping[str, Any], part: str) -> str:
     return lines if isinstance(lines, str) else " ".join(lines)
 
 
-def _figure(f: Figure) -> str:
+def figure_card(f: Figure) -> str:
+    """Where a figure goes, with its words."""
     words = f"<h2 class=finding>{html.escape(f.finding)}</h2><p class=sub>{html.escape(f.subtitle)}</p>"
     if f.note:
         return f"<figure class=card>{words}<p class=note>{html.escape(f.note)}</p></figure>"
@@ -149,8 +160,8 @@ def _body(run: Run, texts: Texts, why: Sequence[str], drawn: Mapping[str, Figure
     yield f"{fact_list(run)}{settings(run)}</header>"
     yield tiles(run)
     for name in ("timeline", "memory", "steps"):
-        yield f'<section id="{name}">{_figure(drawn[name])}</section>'
-    yield f"<section id=latency><div class=pair>{_figure(drawn['ttft'])}{_figure(drawn['predicted'])}</div></section>"
+        yield f'<section id="{name}">{figure_card(drawn[name])}</section>'
+    yield f"<section id=latency><div class=pair>{figure_card(drawn['ttft'])}{figure_card(drawn['predicted'])}</div></section>"
     yield why_section(run, why)
     yield request_section(run, texts)
     yield decision_section(run)
