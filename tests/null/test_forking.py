@@ -165,6 +165,22 @@ def test_an_abort_happens_again_at_its_time() -> None:
     assert fork.events("FinishRequested")
 
 
+def test_an_abort_falls_between_the_same_two_steps() -> None:
+    """Overlapped, a turn may submit a step without any time passing: an abort after it must not come before it."""
+    engine = llmlab.Engine(**TIGHT, overlap_depth=1)
+    engine.add_request([1] * 9, SamplingParams(max_tokens=4, ignore_eos=True))
+    late = engine.add_request([2] * 9, SamplingParams(max_tokens=4, ignore_eos=True), arrival=1.0)
+    while late not in engine.scheduler.running:
+        engine.step()
+    engine.abort(late)
+    while engine.has_unfinished_requests():
+        engine.step()
+    run = llmlab.Run(tuple(engine.log))
+    (end,) = run.events("FinishRequested")
+    assert end.t == 1.0 == run.events("StepPlanned", step=end.step)[0].t
+    assert history(run.fork(2)) == history(run)
+
+
 def test_stop_strings_end_a_fork_where_they_ended_its_parent() -> None:
     """A simulated engine reads no text, so the engine's output side is played by hand: the finish comes after the third
     token, wherever that token falls."""
