@@ -33,6 +33,7 @@ def write_model(shape: Shape, weights: dict[str, Tensor], directory: Path) -> No
         (directory / name).write_text(json.dumps(data, indent=2) + "\n")
     narrow = {name: w.to(torch.bfloat16) for name, w in weights.items()}
     save_file(narrow, str(directory / "model.safetensors"), metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)          # safetensors writes it for its owner alone
     lab_tokenizer.save(directory)
 
 

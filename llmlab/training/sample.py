@@ -37,14 +37,13 @@ class _Cache:
         self.keys = [torch.empty(size) for _ in model.blocks]
         self.values = [torch.empty(size) for _ in model.blocks]
         self.valid = torch.cat((valid, torch.ones(rows, slots - filled, dtype=torch.bool)), 1)
-        self.padding = filled - valid.sum(1)
         self.used = 0
 
     def keep(self, rows: Tensor) -> None:
         """Forget all other rows."""
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
-        self.valid, self.padding = self.valid[rows], self.padding[rows]
+        self.valid = self.valid[rows]
 
 
 @torch.inference_mode()
@@ -96,8 +95,7 @@ def _last_logits(model: LabLlama, ids: Tensor, cache: _Cache) -> Tensor:
     """Logits [rows, vocab] after the new tokens ``ids`` [rows, time], whose keys and values join the cache."""
     start, end = cache.used, cache.used + ids.shape[1]
     slots = torch.arange(start, end)
-    positions = (slots - cache.padding[:, None]).clamp(min=0)
-    cos, sin = model.cos[positions][:, None], model.sin[positions][:, None]
+    cos, sin = model.cos[slots], model.sin[slots]               # relative, so padding may count
     mask = cache.valid[:, None, None, :end] & (torch.arange(end) <= slots[:, None])
     mask = mask | (torch.arange(end) == slots[:, None])         # padding looks at itself: no empty rows
     x = model.embed(ids)

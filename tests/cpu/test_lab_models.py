@@ -215,15 +215,24 @@ def test_gate_problems_are_held_out() -> None:
 
 def test_answers_are_those_of_transformers_and_keep_their_order(tmp_path: Path) -> None:
     directory = fresh_xs(tmp_path)
-    answerer, model = Answerer(directory), transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    answerer = Answerer(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     prompts = ["<slow>37*46?", "<chat>tell me about the river?<ans>", "<slow>12*13-45*67?", "12*13?"]
-    together = answerer.answers(prompts, 40)
+    together = answerer.answers(prompts, 25)
     for prompt, text in zip(prompts, together, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        expected = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1]:]
-        assert text == tokenizer.decode(expected).split("<eos>")[0]
+        assert text == greedy(model, answerer.tokenizer, prompt, 25)
+    assert len(set(together)) > 1
     assert answerer.answers(prompts, 9, 1.0) == answerer.answers(prompts, 9, 1.0)
+
+
+@torch.inference_mode()
+def greedy(model: Any, tokenizer: Any, prompt: str, max_tokens: int) -> str:
+    """The likeliest continuation, one whole forward pass per token."""
+    ids = list(tokenizer.encode(prompt).ids)
+    start = len(ids)
+    while len(ids) < start + max_tokens and ids[-1] != 2:
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return str(tokenizer.decode([i for i in ids[start:] if i != 2], skip_special_tokens=False))
 
 
 def fresh_xs(tmp_path: Path) -> Path:
