@@ -69,6 +69,9 @@ class Engine:
             raise RequestError("params", params, "is not a SamplingParams", "Write SamplingParams(max_tokens=...).")
         request_id = self._free_id(request_id, params.n)
         try:
+            if params.stop and self.tokenizer is None:
+                raise RequestError("stop", params.stop, "this engine has no tokenizer, so it sees no text",
+                                   "Use stop_token_ids.")  # fmt: skip
             ids = checked_token_ids(self._token_ids(prompt), self.model.vocab_size, self.limits)
             longest = self.limits.max_model_len
             template = checked_request(Request(

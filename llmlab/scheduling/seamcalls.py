@@ -34,7 +34,7 @@ class Seam(Generic[P]):
         self.policy = policy
         self.default = default
         self.policy_name = policy_name(policy)
-        self._trusted = type(policy).__module__.startswith("llmlab.")
+        self._trusted = type(policy).__module__.startswith(("llmlab.scheduling.", "llmlab.memory."))
         self._log = log
         self._timeout = timeout
 

@@ -12,6 +12,7 @@ from engine_util import POISON, VOCAB, Oracle, greedy, serve, text, tiny_engine,
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.events.trace import Run
+from llmlab.llm import LLM
 from llmlab.outputs import CompletionOutput
 from llmlab.replaying import replay_decisions
 from llmlab.seams import RequestView
@@ -128,6 +129,19 @@ def test_text_streams_in_order(oracle: Oracle) -> None:
         seen = [o.outputs[0].text for _ in range(30) for o in engine.step() if o.request_id == name]
     assert seen[-1] == text(oracle.greedy(PROMPT, 10))
     assert all(b.startswith(a) and len(b) > len(a) for a, b in pairwise(seen))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_stream_never_shows_a_part_of_a_stop_string(oracle: Oracle, length: int, request: pytest.FixtureRequest) -> None:
+    if length > 1:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="text is released before it can be told from a stop string"))
+    whole = text(oracle.greedy(PROMPT, 12))
+    stop = whole[7 : 7 + length]
+    with LLM(str(oracle.directory), executor="torch", kernels="torch", device="cpu") as llm:
+        params = greedy(12, stop=(stop,))
+        answer = llm.generate(PROMPT, params)[0].outputs[0].text  # type: ignore[arg-type]
+        assert answer == whole[: whole.index(stop)]
+        assert "".join(llm.stream(PROMPT, params)) == answer
 
 
 # --------------------------------------------------------------------------------- log-probabilities

@@ -107,6 +107,13 @@ def test_bad_sampling_values_never_become_parameters(field: str, value: Any) -> 
     assert field in str(caught.value)
 
 
+def test_stop_strings_need_a_tokenizer() -> None:
+    engine = busy()
+    with pytest.raises(RequestError, match="stop_token_ids"):
+        engine.add_request([1], greedy(4, stop=("end",)))
+    unharmed(engine)
+
+
 # --------------------------------------------------------------------------------------- request ids
 def test_an_id_in_use_is_refused_and_its_owner_goes_on() -> None:
     engine = busy()

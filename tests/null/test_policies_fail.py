@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simlab import Watch, expected_tokens, run_to_end, sim_engine, specs
 
+from llmlab.decoding.autoregressive import Autoregressive
 from llmlab.events import catalog as ev
 from llmlab.registry import policy_name
 from llmlab.scheduling.composers import Chunked
@@ -271,6 +272,16 @@ def test_random_answers_at_every_seam_at_once(seed: int, overlap_depth: int, rat
     }  # fmt: skip
     policies = {seam: plugin(seam, maybe(answer, seam)) for seam, answer in good.items()}
     survives(sim_engine(**{**SMALL, **policies, "overlap_depth": overlap_depth}), 4000)
+
+
+@pytest.mark.xfail(strict=True, reason="the decoding seam is not guarded yet")
+@pytest.mark.parametrize("broken", ["work", "accept"])
+def test_a_decoding_method_that_raises_is_replaced_too(broken: str) -> None:
+    class Decoding(Autoregressive):
+        pass
+
+    setattr(Decoding, broken, lambda self, *args: raises())
+    assert survives(sim_engine(**{**SMALL, "decoding": Decoding()}))
 
 
 class _Wrong:
