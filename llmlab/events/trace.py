@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -54,7 +54,7 @@ class Run:
 
     # ------------------------------------------------------------------------------ from and to files
     @classmethod
-    def of(cls, log: EventLog) -> Run:
+    def of(cls, log: EventLog) -> Self:
         """The events that a log still holds. Raises TraceError if its beginning fell out of the ring."""
         if log.first_seq > 0:
             raise TraceError("log_capacity", log.capacity, f"the first {log.first_seq} events fell out of the ring",
@@ -62,7 +62,7 @@ class Run:
         return cls(tuple(log))
 
     @classmethod
-    def load(cls, path: str | Path) -> Run:
+    def load(cls, path: str | Path) -> Self:
         """Read a trace file. Raises TraceError; a damaged tail is cut off and named in `cut`."""
         loaded = read_trace(path)
         return cls(loaded.events, loaded.cut)
