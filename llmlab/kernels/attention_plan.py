@@ -6,14 +6,10 @@ at fixed positions (every SEGMENT), and its segments are always merged in order,
 them all or several share them. So the plan moves work, never a bit of the result.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
-# (numba infers the types of what it compiles)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -65,67 +61,50 @@ def tile_tokens(group: int) -> int:
     return max(1, QUERY_ROWS // group)
 
 
-def cut_tiles(cu, lens, tile, window, causal):
+def _nth(counts: np.ndarray) -> np.ndarray:
+    """0 .. counts[i]-1 for each i, one behind the other."""
+    first: np.ndarray = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.arange(len(first)) - first
+
+
+def cut_tiles(cu: np.ndarray, lens: np.ndarray, tile: int, window: int, causal: bool) -> np.ndarray:
     """All query tiles as undivided items, each with the KV range that its queries see between them."""
-    count = 0
-    for row in range(lens.size):
-        count += (cu[row + 1] - cu[row] + tile - 1) // tile
-    tiles = np.empty((count, 6), np.int64)
-    at = 0
-    for row in range(lens.size):
-        before = lens[row] - (cu[row + 1] - cu[row])
-        for token in range(cu[row], cu[row + 1], tile):
-            tokens = min(tile, cu[row + 1] - token)
-            first = before + token - cu[row]
-            stop = first + tokens if causal else lens[row]
-            start = max(0, first - window + 1) if window > 0 else 0
-            tiles[at, 0], tiles[at, 1], tiles[at, 2] = row, token, tokens
-            tiles[at, 3], tiles[at, 4], tiles[at, 5] = start, stop, -1
-            at += 1
-    return tiles
+    counts = -(-np.diff(cu) // tile)
+    row = np.repeat(np.arange(len(lens)), counts)
+    token = cu[row] + _nth(counts) * tile
+    tokens = np.minimum(tile, cu[row + 1] - token)
+    first = lens[row] - (cu[row + 1] - token)
+    start = np.maximum(0, first - window + 1) if window > 0 else np.zeros_like(first)
+    stop = first + tokens if causal else lens[row]
+    return np.stack((row, token, tokens, start, stop, np.full_like(row, -1)), 1)
 
 
-def divide(tiles, group, heads, threads):
-    """Cut tiles too heavy to balance at every SEGMENT; returns (items, merges, number of partials)."""
-    cost = (tiles[:, 4] - tiles[:, 3]) * (tiles[:, 2] * group + GATHER_ROWS)
-    limit = cost.sum() * heads // (8 * threads)
-    parts = (tiles[:, 4] - 1) // SEGMENT - tiles[:, 3] // SEGMENT + 1
-    parts = np.where((cost > limit) & (threads > 1), parts, 1)
-    items = np.empty((parts.sum(), 6), np.int64)
-    merges = np.empty(((parts > 1).sum(), 4), np.int64)
-    at, group_at, partials = 0, 0, 0
-    for i in range(len(tiles)):
-        if parts[i] > 1:
-            merges[group_at, 0], merges[group_at, 1] = tiles[i, 1], tiles[i, 2]
-            merges[group_at, 2], merges[group_at, 3] = partials, parts[i]
-            group_at += 1
-        start = tiles[i, 3]
-        for _ in range(parts[i]):
-            items[at] = tiles[i]
-            if parts[i] > 1:
-                stop = min(tiles[i, 4], (start // SEGMENT + 1) * SEGMENT)
-                items[at, 3], items[at, 4], items[at, 5] = start, stop, partials
-                start, partials = stop, partials + tiles[i, 2]
-            at += 1
-    return items, merges, partials
+def item_cost(items: np.ndarray, group: int) -> np.ndarray:
+    """Of one KV head, in rows x positions."""
+    positions: np.ndarray = items[:, STOP] - items[:, START]
+    return positions * (items[:, TOKENS] * group + GATHER_ROWS)
 
 
-def deal(items, group, heads, threads):
-    """Contiguous units for each thread, cut where the running cost passes each thread's share."""
-    cost = (items[:, 4] - items[:, 3]) * (items[:, 2] * group + GATHER_ROWS)
-    total = cost.sum() * heads
-    starts, load = np.zeros(threads + 1, np.int64), np.zeros(threads)
-    thread, done = 0, 0
-    for i in range(len(items)):
-        for head in range(heads):
-            middle = (2 * done + cost[i]) * threads
-            while thread < threads - 1 and middle > 2 * total * (thread + 1):
-                thread += 1
-                starts[thread] = i * heads + head
-            load[thread] += cost[i]
-            done += cost[i]
-    starts[thread + 1 :] = len(items) * heads
-    return starts, load
+def divide(tiles: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cut tile i at every SEGMENT if parts[i] > 1; returns the items and the merges."""
+    items = np.repeat(tiles, parts, axis=0)
+    cut = np.repeat(parts, parts) > 1
+    segment = items[:, START] // SEGMENT + _nth(parts)
+    items[cut, START] = np.maximum(items[:, START], segment * SEGMENT)[cut]
+    items[cut, STOP] = np.minimum(items[:, STOP], (segment + 1) * SEGMENT)[cut]
+    kept = items[cut, TOKENS]
+    items[cut, PARTIAL] = np.cumsum(kept) - kept
+    first = (np.cumsum(parts) - parts)[parts > 1]
+    whole = tiles[parts > 1]
+    return items, np.stack((whole[:, TOKEN], whole[:, TOKENS], items[first, PARTIAL], parts[parts > 1]), 1)
+
+
+def deal(cost: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Contiguous units for each thread, cut where the running cost passes the thread's share."""
+    done = np.concatenate(([0.0], np.cumsum(cost)))
+    shares = done[-1] / threads * np.arange(1, threads)
+    starts = np.concatenate(([0], np.searchsorted(done[1:] - cost / 2, shares), [len(cost)]))
+    return starts, np.diff(done[starts])
 
 
 def plan_attention(
@@ -140,20 +119,17 @@ def plan_attention(
 ) -> AttnPlan:
     """The plan of one step: `heads` KV heads, each shared by `group` query heads, on `threads` threads.
 
-    cu_seqlens_q [R+1], seq_lens [R] int32 as in `AttentionMetadata`.
+    cu_seqlens_q [R+1], seq_lens [R] int32 as in `AttentionMetadata`. A tile is divided if one thread
+    alone would hold the others up with it.
     """
-    cut, split, give = _compiled()
-    tiles = cut(cu_seqlens_q, seq_lens, tile_tokens(group), window or 0, causal)
-    items, merges, partials = split(tiles, group, heads, threads)
-    starts, load = give(items, group, heads, threads)
-    return AttnPlan(items, starts, merges, int(partials), load)
-
-
-@functools.cache
-def _compiled() -> tuple[Callable[..., Any], ...]:
-    """The three steps in machine code where numba is installed: a plan then costs microseconds."""
-    try:
-        import numba
-    except ImportError:
-        return cut_tiles, divide, deal
-    return tuple(numba.njit(cache=True, error_model="numpy")(step) for step in (cut_tiles, divide, deal))
+    cu, lens = cu_seqlens_q.astype(np.int64), seq_lens.astype(np.int64)
+    items = cut_tiles(cu, lens, tile_tokens(group), window or 0, causal)
+    cost, merges = item_cost(items, group), np.empty((0, 4), np.int64)
+    if threads > 1:
+        parts = (items[:, STOP] - 1) // SEGMENT - items[:, START] // SEGMENT + 1
+        parts[cost * 8 * threads <= cost.sum() * heads] = 1
+        if parts.max(initial=1) > 1:
+            items, merges = divide(items, parts)
+            cost = item_cost(items, group)
+    starts, load = deal(np.repeat(cost, heads), threads)
+    return AttnPlan(items, starts, merges, int((merges[:, 1] * merges[:, 3]).sum()), load)

@@ -14,7 +14,20 @@ import torch
 from torch import Tensor
 
 from llmlab.kernels.pool import Call, Pool, Region, barrier, record, thread_num
-from llmlab.kernels.vector import BF16, F16, F32, PANEL, compiled, exp, get, product, put, tanh, width
+from llmlab.kernels.vector import (
+    BF16,
+    F16,
+    F32,
+    PANEL,
+    compiled,
+    exp,
+    get,
+    product,
+    put,
+    spliced,
+    tanh,
+    width,
+)
 from llmlab.types import LabError
 
 ROWS = 96  # rows of a block: a multiple of the register tile whose outputs stay in the first-level cache
@@ -83,7 +96,7 @@ def write_rows(tile, rows, columns, out, stride):
             put(to, i, get(source, i))
 
 
-@compiled()
+@spliced
 def task(a, x, row, panel, tile, storage):
     """One panel of outputs for one block of rows; with an activation, of gates and of ups (whole panels)."""
     rows, columns = min(ROWS, a.rows - row), min(PANEL, a.columns - panel * PANEL)
@@ -92,7 +105,7 @@ def task(a, x, row, panel, tile, storage):
         column, result = half * a.columns + panel * PANEL, tile + half * 4 * ROWS * PANEL
         block_product(x + 4 * row * a.k, rows, a.k, a.w + width(storage) * a.k * column, result, storage)
         if a.bias != 0:
-            add_rows(result, PANEL, rows, columns, a.bias + 4 * column, 0)
+            add_rows(result, PANEL, rows, columns, a.bias + 4 * column, np.int64(0))
     result, at = tile + (halves - 1) * 4 * ROWS * PANEL, 4 * (row * a.columns + panel * PANEL)
     if a.act != PLAIN:
         gate(a.act, tile, result, rows * PANEL)
@@ -101,7 +114,7 @@ def task(a, x, row, panel, tile, storage):
     write_rows(result, rows, columns, a.out + at, a.columns)
 
 
-@compiled()
+@spliced
 def linear(a, storage):
     """One thread's part: its share of the norms, a barrier, its share of (panel, block of rows)."""
     thread, x = thread_num(), a.x

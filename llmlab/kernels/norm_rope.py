@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmlab.kernels.linear import address, norm_row, share
 from llmlab.kernels.pool import Call, Pool, Region, record, thread_num
-from llmlab.kernels.vector import BF16, F16, F32, compiled, get, get_long, put, put_as, width
+from llmlab.kernels.vector import BF16, F16, F32, compiled, get, get_long, put, put_as, spliced, width
 from llmlab.types import LabError
 
 
@@ -34,7 +34,7 @@ def turn_heads(a, x, heads, token, weight):
         rotate(at, cos, sin, a.half)
 
 
-@compiled()
+@spliced
 def rope_store(a, storage):
     """One thread's tokens: turn q and k, write k and v to their slot."""
     first, last = share(thread_num(), a.threads, a.tokens)
@@ -52,7 +52,7 @@ def rope_store(a, storage):
                     put_as(a.v_cache + at, d, get(v, head * a.dim + d), storage)
 
 
-@compiled()
+@spliced
 def norms(a):
     """One thread's rows: (x + residual to total,) norm to out."""
     first, last = share(thread_num(), a.threads, a.rows)

@@ -50,6 +50,7 @@ from llmlab.kernels.vector import (
     put,
     put_long,
     scattered_product,
+    spliced,
     tanh,
     transpose,
     width,
@@ -248,7 +249,7 @@ def announce(a, unit, lines, storage):
     return find_lines(a, get_long(item, ROW), unit % a.heads, chunk, start, stop, lines, storage)
 
 
-@compiled()
+@spliced
 def attend(a, tiles, unit, last, parity, wide, storage):
     """One unit, a tile of queries over a range of KV for one KV head; returns the next parity.
 
@@ -303,12 +304,12 @@ def merge_parts(a, merge, thread):
         put(a.lse, token * hq + i, lse)
 
 
-@compiled()
+@spliced
 def attention(a, storage):
     """One thread's part: its units; then, if items were divided, a barrier and its share of the merges."""
     thread, wide = thread_num(), (a.dim + PANEL - 1) // PANEL * PANEL
     tiles = lay_out(a.scratch + 4 * thread * a.scratch_floats, a.tile_rows, a.dim, wide)
-    first, last, parity = get_long(a.starts, thread), get_long(a.starts, thread + 1), 0
+    first, last, parity = get_long(a.starts, thread), get_long(a.starts, thread + 1), np.int64(0)
     if first < last:
         announce(a, first, tiles.lines, storage)
     for unit in range(first, last):

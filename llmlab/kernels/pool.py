@@ -35,7 +35,7 @@ barrier: Any = types.ExternalFunction("llmlab_barrier", types.void())
 @compiled()
 def record(pointer):  # type: ignore[no-untyped-def]
     """The arguments of a region: the one record at its pointer."""
-    return numba.carray(pointer, 1)[0]
+    return numba.carray(pointer, 1)[0]  # type: ignore[attr-defined]
 
 
 ALONE = 4  # token rows that one thread finishes sooner than two can meet
@@ -112,7 +112,7 @@ class Region:
         signature = types.void(types.CPointer(record))  # type: ignore[no-untyped-call]
         try:
             return numba.cfunc(signature, cache=True)(self._body)
-        except RuntimeError as error:  # numba: no place to write a cache
+        except RuntimeError as error:  # no place to write a cache
             if "locator" not in str(error):
                 raise
             return numba.cfunc(signature)(self._body)

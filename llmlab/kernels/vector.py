@@ -36,6 +36,11 @@ def compiled(*relaxed: str) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+# Pasted into its caller before anything is compiled: for what stands high in a kernel, since numba
+# optimises all that a function calls again together with it.
+spliced: Callable[[Callable[..., Any]], Any] = numba.njit(inline="always", error_model="numpy")
+
+
 @dataclass(frozen=True)
 class Shape:
     """Register tile of a machine: `rows` x `vectors` accumulators of `lanes` floats each."""

@@ -370,19 +370,6 @@ def test_a_long_row_among_short_ones_is_shared() -> None:
     assert len(plan.merges) == 1 and plan.imbalance < 1.1
 
 
-def test_the_plan_is_the_same_without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The simulator may run where numba is not: it must see the plan that the engine runs."""
-    from llmlab.kernels import attention_plan as module
-
-    new, lens = np.array([1, 1, 200, 1], np.int32), np.array([900, 30, 700, 5000], np.int32)
-    cu = np.concatenate(([0], np.cumsum(new))).astype(np.int32)
-    compiled = plan_attention(cu, lens, heads=2, group=4, threads=3, window=600)
-    monkeypatch.setattr(module, "_compiled", lambda: (module.cut_tiles, module.divide, module.deal))
-    plain = plan_attention(cu, lens, heads=2, group=4, threads=3, window=600)
-    for name in ("items", "starts", "merges", "load"):
-        np.testing.assert_array_equal(getattr(compiled, name), getattr(plain, name))
-
-
 def test_the_plan_is_made_once_for_all_layers(numba: Kernels) -> None:
     built = build(LONG)
     assert numba.plan(built.meta, 2, 2, None) is numba.plan(built.meta, 2, 2, None)  # type: ignore[attr-defined]
