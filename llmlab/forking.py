@@ -143,7 +143,8 @@ def _prove(run: Run, scheduler: Scheduler, position: int, at: int) -> None:
     """Refuse to fork a history that the recorded policies do not reproduce."""
     differences = compare(run.log_events[:position], tuple(scheduler.log))
     if differences:
-        raise _irreproducible(at, differences[0])
+        recorded, replayed = (str(event)[:140] for event in (differences[0].recorded, differences[0].replayed))
+        raise _irreproducible(at, f"event {differences[0].index}: recorded {recorded}, replayed {replayed}")
 
 
 def _irreproducible(at: int, why: object) -> TraceError:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import llmlab
 from llmlab.events import catalog as ev
 from llmlab.replaying import replay_decisions
-from llmlab.scheduling.preemption import MostBlocks
+from llmlab.scheduling.preemption import LastCome, MostBlocks
 from llmlab.seams import EngineView, RequestView
 from llmlab.types import ConfigError, LabError, RequestError, SamplingParams, TraceError
 from llmlab.workloads.workload import Workload
@@ -42,6 +42,12 @@ class Oldest:
 
     def score(self, view: EngineView, candidate: RequestView, needy: RequestView) -> float:
         return candidate.arrival
+
+
+class Renamed(LastCome):
+    """Decides as another does."""
+
+    name = "renamed"
 
 
 def parent(seed: int, **fields: Any) -> llmlab.Run:
@@ -229,6 +235,8 @@ def test_a_run_under_a_policy_of_ones_own_needs_that_policy() -> None:
     mine = {"ordering": NewestFirst(), "victim": Oldest()}
     assert history(run.fork(20, recorded=mine)) == history(run)
     assert upto(run.fork(20, recorded=mine, ordering="fcfs", victim="last_come"), 20) == upto(run, 20)
+    with pytest.raises(TraceError, match=r"cannot be reproduced .*renamed.*recorded="):
+        parent(3).fork(60, recorded={"victim": Renamed()})  # the same choices, but not the policy that was recorded
     with pytest.raises(TraceError, match=r"cannot be reproduced .*recorded="):
         run.fork(60, recorded={"ordering": "fcfs", "victim": MostBlocks()})
 
