@@ -191,15 +191,20 @@ def _rotated(name: str, tensor: np.ndarray, heads: int, kv: int) -> np.ndarray:
 
 
 def measure_limits(job: dict[str, Any]) -> dict[str, float]:
-    """What the machine can do: f32 GEMM rate, and bytes per second of reading (a sum) and of copying."""
+    """What the machine can do: the f32 GEMM rate (the faster of torch and our own kernel), and the bytes per second
+    of reading (a sum) and of copying."""
     import torch
 
+    from llmlab.kernels.dispatch import make_kernels
+
     torch.set_num_threads(job["threads"])
+    ours = make_kernels("auto", "cpu", torch.float32, job["threads"]).linear(torch.randn(2048, 2048))
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     big = torch.randn(64 << 20)  # 256 MB: larger than any cache here
     target = torch.empty_like(big)
-    gemm = best(lambda: torch.mm(a, b), 12)
-    return {"gemm_flops": 2 * 2048**3 / gemm, "read_bytes": 4 * big.numel() / best(lambda: big.sum(), 8),
+    flops = 2 * 2048**3
+    rates = {"gemm_torch": flops / best(lambda: torch.mm(a, b), 12), "gemm_ours": flops / best(lambda: ours(a), 12)}
+    return {**rates, "gemm_flops": max(rates.values()), "read_bytes": 4 * big.numel() / best(lambda: big.sum(), 8),
             "copy_bytes": 8 * big.numel() / best(lambda: target.copy_(big), 8)}  # fmt: skip
 
 
@@ -335,7 +340,7 @@ def print_report(job: dict[str, Any], answers: dict[str, list[dict[str, Any]]], 
         facts["share_of_floor"] = facts["floor_seconds"] / seconds
         facts["schedule_share"] = statistics.median(a["schedule_share"] for a in good)
         facts["parts"] = good[0]["parts"]
-        print(f"\nlimits: GEMM {peak['gemm_flops'] / 1e9:.0f} GFLOP/s, read {peak['read_bytes'] / 1e9:.0f} GB/s, "
+        print(f"\nlimits: GEMM {peak['gemm_flops'] / 1e9:.0f} GFLOP/s (torch {peak['gemm_torch'] / 1e9:.0f}), read {peak['read_bytes'] / 1e9:.0f} GB/s, "
               f"copy {peak['copy_bytes'] / 1e9:.0f} GB/s")  # fmt: skip
         print(f"floor: {facts['floor_seconds']:.3f} s, llmlab {seconds:.3f} s: {facts['share_of_floor']:.0%} of the floor's speed")
         print(f"scheduler and log (level 2): {facts['schedule_share']:.2%} of the step time; {agreement(answers)}")
