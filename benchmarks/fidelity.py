@@ -7,8 +7,8 @@
 For each model and number of threads, in a process of its own:
 
 1. a profile is measured (`llmlab.execution.profiling`), or read from --keep;
-2. workload A (uniform lengths, all at once) is really served; the profile is calibrated with its steps;
-3. workload B (log-normal lengths, arrivals in bursts at half load) is really served, and simulated with the calibrated
+2. workload A (uniform lengths, arrivals in bursts) is really served; the profile is calibrated with its steps;
+3. workload B (log-normal lengths, other bursts, half load) is really served, and simulated with the calibrated
    profile: same arrivals, same lengths, nothing else from B. Compared are the seconds of B's steps (the recorded plans,
    through the cost model) and P50 and P90 of TTFT and E2E;
 4. workload C (the lengths of B, all at once) is served and simulated under four scheduler settings. Compared is their
@@ -54,7 +54,7 @@ def work(model: str, threads: int, seed: int, seconds: float, load: float, keep:
         source = model_source(model, Path(temporary))
         raw = profile_of(source, threads, folder / "measured.json")
         config = {"model": source, "num_threads": threads, "device": "cpu", "dtype": "float32"}
-        fitted = served(folder / "a.jsonl.zst", config, workload_a(raw, seed, seconds), workload_a(raw, seed, 0.3))
+        fitted = served(folder / "a.jsonl.zst", config, workload_a(raw, seed, 2 * seconds), workload_a(raw, seed, 0.3))
         profile = calibrated(raw, observations(fitted.log_events))
         simulated = {
             "model": raw.shape.name,
@@ -132,15 +132,16 @@ def profile_of(source: str, threads: int, file: Path) -> Any:
 
 
 def workload_a(profile: Any, seed: int, seconds: float) -> Any:
-    """A batch of requests with uniform lengths that takes about `seconds`."""
+    """Requests with uniform lengths that come in bursts for about `seconds`: batches of all sizes, and pauses."""
     from llmlab.workloads.workload import Workload
     from roofline import Rows
     from roofline.profile import ProfileCost
 
     cost = ProfileCost(profile)
-    each = cost.step(Rows.prefill(144)).seconds + 40 * cost.step(Rows.decode(SEATS, 160)).seconds / SEATS
-    count = max(8, int(seconds / each / 1.3))  # some 30 % more for the engine itself
-    return Workload.batch(count, prompt=(32, 256), output=(16, 64), seed=seed)
+    each = 1.4 * (cost.step(Rows.prefill(144)).seconds + 40 * cost.step(Rows.decode(SEATS, 160)).seconds / SEATS)
+    return Workload.gamma(
+        0.7 / each, 3.0, max(12, int(0.7 * seconds / each)), prompt=(32, 256), output=(16, 64), seed=seed
+    )
 
 
 def workloads_b_c(simulated: dict[str, Any], seed: int, seconds: float, load: float) -> list[Any]:

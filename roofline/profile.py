@@ -390,15 +390,15 @@ def calibrated(profile: Profile, observed: Iterable[Observation]) -> Profile:
     """Return the profile with each part multiplied so that it tells the steps of one run best, and with the engine's
     own time from the same run.
 
-    Least squares on relative errors with a pull towards 1, in which 5 % of the steps (interruptions) have no say.
+    Least squares on relative errors with a pull towards 1, in which the worst 5 % of the steps (interruptions) have no say.
     Needs at least 20 steps of the profile's own model.
     """
     steps = list(observed)
     if len(steps) < 20:
         raise RooflineError(f"calibrating needs at least 20 steps, got {len(steps)}")
     cost = ProfileCost(profile)
-    shares = np.array([[*cost.parts(s.rows).values()] for s in steps]) / np.array([[s.seconds] for s in steps])
-    factors = dict(zip(PARTS, _factors(shares).tolist()))
+    parts = np.array([[*cost.parts(step.rows).values()] for step in steps])
+    factors = dict(zip(PARTS, _factors(parts, np.array([step.seconds for step in steps])).tolist()))
     return replace(
         profile, prepare=profile.prepare.scaled(factors["prepare"]), tokens=profile.tokens.scaled(factors["tokens"]),
         attention=profile.attention.scaled(factors["attention"]), emit=profile.emit.scaled(factors["emit"]),
@@ -406,16 +406,19 @@ def calibrated(profile: Profile, observed: Iterable[Observation]) -> Profile:
     )  # fmt: skip
 
 
-def _factors(shares: np.ndarray, pull: float = 0.05) -> np.ndarray:
-    """Factors [parts] that bring the weighted sum of shares [steps, parts] closest to 1 in every step."""
-    weight = math.sqrt(pull * len(shares)) * shares.mean(axis=0)
-    factors, kept = np.ones(shares.shape[1]), shares
-    for _ in range(3):
-        missing = np.concatenate([1 - kept.sum(axis=1), np.zeros(len(factors))])
-        change, *_ = np.linalg.lstsq(np.vstack([kept, np.diag(weight)]), missing, rcond=None)
+def _factors(parts: np.ndarray, seconds: np.ndarray, pull: float = 0.05) -> np.ndarray:
+    """Factors of the columns of `parts` [steps, parts] that bring their sums closest to `seconds` [steps].
+
+    Errors are relative to the sums as they were, so that noise that only ever delays moves the mean, not more."""
+    shares, wanted = parts / parts.sum(axis=1, keepdims=True), seconds / parts.sum(axis=1)
+    weight = np.diag(math.sqrt(pull * len(shares)) * shares.mean(axis=0))
+    factors, kept = np.ones(shares.shape[1]), np.full(len(shares), True)
+    for _ in range(4):
+        missing = np.concatenate([(wanted - shares.sum(axis=1))[kept], np.zeros(len(factors))])
+        change, *_ = np.linalg.lstsq(np.vstack([shares[kept], weight]), missing, rcond=None)
         factors = np.clip(1 + change, 0.3, 3.0)
-        wrong = np.abs(shares @ factors - 1)
-        kept = shares[wrong <= np.quantile(wrong, 0.95)]
+        wrong = np.abs(shares @ factors - wanted)
+        kept = wrong <= np.quantile(wrong, 0.95)
     return np.asarray(factors)
 
 
