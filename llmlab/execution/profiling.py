@@ -29,6 +29,7 @@ from llmlab.config import EngineConfig
 from llmlab.events import catalog as ev
 from llmlab.execution.base import Row, StepBatch
 from llmlab.execution.cost import machine_here, rows_of
+from llmlab.execution.threads import choose_threads
 from llmlab.execution.torch_executor import TorchExecutor
 from llmlab.kernels.dispatch import Kernels, make_kernels
 from llmlab.kernels.layout import AttentionMetadata
@@ -426,7 +427,8 @@ def profile_command(
     `run`: `llmlab.run`; `shape_of`: `llmlab.assembly.roofline_shape` (both are floors above this one). Under three
     minutes for models that the device runs well. Raises LabError or RooflineError.
     """
-    config = EngineConfig(model=model, device=device, dtype=dtype, kernels=kernels, num_threads=num_threads,  # type: ignore[arg-type]
+    threads = num_threads or choose_threads().num_threads  # the same for both parts
+    config = EngineConfig(model=model, device=device, dtype=dtype, kernels=kernels, num_threads=threads,  # type: ignore[arg-type]
                           random_weights=random_weights, block_size=block_size, enable_prefix_caching=False,
                           max_num_batched_tokens=max_tokens, max_num_seqs=32)  # fmt: skip
     loaded = loaded_for(config)
