@@ -1,4 +1,5 @@
-"""The command line: `llmlab tour`, `run`, `why`, `trace`, `models`, `policies`, `kernels`, `bench`.
+"""The command line: `llmlab tour`, `run`, `sim`, `compare`, `fork`, `sweep`, `check`, `roofline`, `profile`, `why`, `trace`,
+`models`, `policies`, `kernels`, `bench`.
 
 Data goes to stdout, progress and errors to stderr. A mistake of the user ends with exit code 2 and the text of the
 LabError, Ctrl-C with 130. Nothing heavy is imported before a command needs it, so that `--help` is quick.

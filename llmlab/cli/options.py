@@ -99,7 +99,8 @@ def _set_signature(wrapper: Callable[..., None], command: Callable[..., None], f
                    recorded: bool, defaults: Mapping[str, Any]) -> None:  # fmt: skip
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "engine"]
     shown = {name: "as recorded" if recorded else _shown({**_defaults(), **defaults}[name]) for name in fields}
-    options = [_parameter(name, shown[name]) for name in fields]
+    hints = _hints()
+    options = [_parameter(name, hints[name], shown[name]) for name in fields]
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -110,10 +111,9 @@ def _shown(default: Any) -> str:
     return "auto" if default is None else str(default)
 
 
-def _parameter(name: str, shown: str) -> inspect.Parameter:
+def _parameter(name: str, hint: Any, shown: str) -> inspect.Parameter:
     """The option of one field. Not given means None: the default stands in the help only."""
     about = ABOUT.get(name, About("Log and limits", f"EngineConfig.{name}."))
-    hint = _hints()[name]
     choices = f" One of {', '.join(get_args(hint))}." if get_origin(hint) is Literal else ""
     option = typer.Option(
         *_option_names(name), help=f"{about.text}{choices} [dim]\\[default: {shown}][/dim]", rich_help_panel=about.panel,

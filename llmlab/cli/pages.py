@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
 
 from llmlab.ui import figures, theme
 from llmlab.ui.report import Figure, drawing, figure_card, page_html, write_page
@@ -15,6 +17,16 @@ if TYPE_CHECKING:
     from llmlab.events.trace import Run
 
 Rows = Sequence[Sequence[str]]
+ROOM = {"left": 5, "top": 5, "bottom": 5, "right": 40}  # pixels around a chart whose labels stand beside their marks
+RACERS = 60  # requests on a page's timelines
+
+
+class Section(NamedTuple):
+    """A table of a page: its heading, its rows with their head, and how many columns are words."""
+
+    heading: str
+    rows: Rows
+    wide: int = 1
 
 
 def table(rows: Rows, wide: int = 1) -> str:
@@ -25,12 +37,6 @@ def table(rows: Rows, wide: int = 1) -> str:
 
     body = "".join(line(row, "td") for row in rows[1:])
     return f"<div class='card scroll'><table><thead>{line(rows[0], 'th')}</thead><tbody>{body}</tbody></table></div>"
-
-
-def facts(pairs: Mapping[str, str]) -> str:
-    """Names and values as small chips."""
-    cells = (f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in pairs.items())
-    return f"<dl class=facts>{''.join(cells)}</dl>"
 
 
 def _frame(title: str, lead: str, sections: Iterable[str], links: Mapping[str, str]) -> Iterator[str]:
@@ -51,13 +57,13 @@ def write_comparison(path: Path, runs: Mapping[str, Run], comparison: Comparison
     (name_a, a), (name_b, b) = runs.items()
     with theme.enable("light"):
         drawn = [
-            drawing("race", figures.policy_race(a, b, (name_a, name_b))),
+            drawing("race", figures.policy_race(a, b, (name_a, name_b), RACERS)),
             drawing("ttft", figures.latency_ecdf(runs, "ttft")),
             drawing("e2e", figures.latency_ecdf(runs, "e2e")),
         ]
     race, ttft, e2e = drawn
     title = f"{name_a} against {name_b}"
-    lead = f"{len(comparison.requests)} requests in both runs ({name_a} {comparison.modes[0]}, {name_b} {comparison.modes[1]}). {comparison.parted}"
+    lead = f"{len(comparison.requests)} requests in both runs: a is {name_a} ({comparison.modes[0]}), b is {name_b} ({comparison.modes[1]}). {comparison.parted}"
     sections = [
         f"<section id=ratios>{table(ratios)}</section>",
         f"<section id=race>{figure_card(race)}</section>",
@@ -70,12 +76,12 @@ def write_comparison(path: Path, runs: Mapping[str, Run], comparison: Comparison
 
 # -------------------------------------------------------------------------------------------- roofline
 def write_roofline(path: Path, title: str, lead: str, charts: Mapping[str, Callable[[], Any]],
-                   tables: Mapping[str, Rows]) -> Path:  # fmt: skip
-    """The report of a roofline: charts of `roofline.charts` by name, then tables by heading. Raises TraceError."""
+                   tables: Sequence[Section]) -> Path:  # fmt: skip
+    """The report of a roofline: charts of `roofline.charts` by name, then tables. Raises TraceError."""
     drawn = [_drawing(name, draw) for name, draw in charts.items()]
     sections = [f'<section id="{figure.name}">{figure_card(figure)}</section>' for figure in drawn]
-    sections += [f"<section><h2>{html.escape(name)}</h2>{table(rows)}</section>" for name, rows in tables.items()]
-    links = {figure.name: figure.name.replace("-", " ").capitalize() for figure in drawn}
+    sections += [f"<section><h2>{html.escape(t.heading)}</h2>{table(t.rows, t.wide)}</section>" for t in tables]
+    links = {figure.name: figure.name.capitalize() for figure in drawn}
     return write_page(path, page_html(title, drawn, _frame(title, lead, sections, links)))
 
 
@@ -91,5 +97,6 @@ def _drawing(name: str, draw: Callable[[], Any]) -> Figure:
         figure = drawing(name, draw())
     finally:
         altair.theme.enable(before)
-    dark = {**figure.specs["light"], "config": charts.theme_config(dark=True)}
-    return Figure(name, figure.finding, figure.subtitle, {"light": figure.specs["light"], "dark": dark}, figure.datasets)
+    light = {**figure.specs["light"], "padding": ROOM}
+    dark = {**light, "config": {**charts.theme_config(dark=True), "background": theme.DARK.paper}}
+    return msgspec.structs.replace(figure, specs={"light": light, "dark": dark})

@@ -153,16 +153,16 @@ def _op_row(name: str, group: Sequence[OpCost]) -> OpRow:
 
 # -------------------------------------------------------------------------------------------- printing
 def quantity(value: float, unit: str) -> str:
-    """A number with a decimal prefix: 13.2 GB, 1.27 TFLOP."""
+    """A number of three digits with a decimal prefix: 13.2 GB, 1.27 TFLOP."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}" if abs(value) < 999.5 * factor else f"{value / factor:,.0f} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
+        if abs(value) >= 0.9995 * factor:
+            return f"{rate(value / factor)} {prefix}{unit}"
+    return f"{rate(value)} {unit}"
 
 
 def rate(value: float) -> str:
     """A number of three digits, or whole."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
 def title(p: Priced) -> str:
@@ -312,12 +312,12 @@ def _print_list() -> None:
 
 def _write(path: Path, p: Priced) -> None:
     from llmlab.cli.console import stderr, working
-    from llmlab.cli.pages import write_roofline
+    from llmlab.cli.pages import Section, write_roofline
 
-    facts = [["", "", ""], *([f.name, f.value, f.meaning] for f in (*totals(p), *memory_facts(p)))]
-    tables = {"Ops of one step": op_table(p), "In total": facts}
+    facts = [["quantity", "value", "note"], *([f.name, f.value, f.meaning] for f in (*totals(p), *memory_facts(p)))]
+    tables = [Section("Ops of one step", op_table(p)), Section("In total", facts, wide=3)]
     if p.lenses:
-        tables["Techniques, before and after"] = lens_table(p)
+        tables.insert(0, Section("Techniques, before and after", lens_table(p)))
     lead = f"A step takes {_seconds(p.step.seconds)}, most of it {p.step.bound}: at most {rate(p.case.tokens / p.step.seconds)} tokens per second. All numbers are modelled."
     with working("Writing the report"):
         write_roofline(path, title(p), lead, _charts(p), tables)
