@@ -154,6 +154,8 @@ def _print(outcome: Outcome, workload: str, config: EngineConfig) -> None:
     worst = worst_request(outcome.requests)
     if worst is not None:
         _print_why(console, outcome, worst)
+    elif config.log_level < 1:
+        console.print("Log level 0 keeps no tokens and no steps: --log-level 1 tells latencies, 2 decisions.", style="yellow")
     rate = outcome.metrics.num_finished / outcome.wall
     stderr().print(Text(f"simulated {outcome.metrics.duration:,.4g} s in {outcome.wall:.2f} s of this machine's "
                         f"({rate:,.0f} requests a second)", "dim"))  # fmt: skip
@@ -237,7 +239,9 @@ def _suggestions(outcome: Outcome, engine: dict[str, Any], load: LoadChoice, tra
     elif worst is not None:
         yield Suggestion(command_line("why", trace, worst), "the whole story")
         step = _step_before(outcome, worst)
-        if step is not None:
+        if engine.get("log_level", 2) < 2:
+            yield Suggestion(command_line("sim", *_replaced(chosen, load, log_level=2), "--trace", trace), "decisions too: fork and replay need them")
+        elif step is not None:
             yield Suggestion(command_line("fork", trace, "--at", step, "--ordering", "sjf_oracle"), "the same history, another order from there")
     larger = _larger_device(outcome.device)
     if larger is not None and (m.num_preemptions or m.num_refused or _waited(m)):

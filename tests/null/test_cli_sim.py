@@ -129,6 +129,21 @@ def test_the_commands_that_sim_suggests_can_be_run(trace: Path, tmp_path: Path, 
         assert call(*words, *few).exit_code == 0, words
 
 
+def test_without_options_it_is_llama_2_7b_on_a_t4() -> None:
+    result = call("sim", "-n", "3", "--output-len", "4")
+    assert "simulated: llama-2-7b on t4" in result.output
+    assert "What to try next" in result.output
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_low_log_levels_say_what_they_lack(level: int, tmp_path: Path) -> None:
+    result = call(*CROWDED, "--log-level", level, "--trace", tmp_path / "t.jsonl")
+    assert result.exit_code == 0, result.output
+    assert "fork" not in result.output.partition("What to try next")[2].replace("fork and replay need", "")
+    assert "--log-level" in result.output
+    assert ("keeps no tokens" in result.output) is (level == 0)
+
+
 def test_sim_as_json_agrees_with_its_trace(trace: Path) -> None:
     value = json.loads(call(*CROWDED, "--json").output.splitlines()[0])
     run = Run.load(trace)
