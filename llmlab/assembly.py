@@ -156,7 +156,7 @@ def policies_of(config: EngineConfig, log: EventLog) -> Policies:
     return Policies(
         seam("ordering", "fcfs"), seam("admission", "prompt_fits"), seam("composer", "chunked"),
         seam("victim", "last_come"), seam("placement", "device_only"), seam("tiering", "recompute"),
-        DECODING_METHODS.resolve(config.decoding), TokenStop(),
+        seam("decoding", "autoregressive"), TokenStop(),
     )  # fmt: skip
 
 

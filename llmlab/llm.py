@@ -73,17 +73,22 @@ class LLM:
         return self.generate([messages], sampling_params)[0]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
-        """The answer's text in pieces, as they come. Closing the iterator aborts the request."""
+        """The answer's text in pieces, as they come. Closing the iterator aborts the request.
+
+        What could be the beginning of a stop string is held back until that is settled.
+        """
         name = self.engine.add_request(prompt, sampling_params)
+        stops = sampling_params.stop if sampling_params is not None else ()
         sent, finished = 0, False
         try:
             while not finished:
                 for output in self.engine.step():
                     if output.request_id == name:
                         text, finished = output.outputs[0].text, output.finished
-                        if len(text) > sent:
-                            yield text[sent:]
-                            sent = len(text)
+                        safe = len(text) if finished else len(text) - _held_back(text, stops)
+                        if safe > sent:
+                            yield text[sent:safe]
+                            sent = safe
         finally:
             self.engine.abort(name)
 
@@ -95,6 +100,12 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is the beginning of a stop string."""
+    lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
+    return max(lengths, default=0)
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

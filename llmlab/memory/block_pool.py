@@ -19,9 +19,12 @@ EVICTION_WINDOW = 8
 
 
 class BlockPool:
-    """Reference-counted blocks 0 .. num_blocks-1. Not thread-safe; only the KV manager calls it."""
+    """Reference-counted blocks 0 .. num_blocks-1. Not thread-safe; only the KV manager calls it.
 
-    def __init__(self, num_blocks: int, choose: Callable[[Sequence[BlockView]], int]) -> None:
+    `choose` picks the block to evict among the least recently used ones; None takes the very first of them.
+    """
+
+    def __init__(self, num_blocks: int, choose: Callable[[Sequence[BlockView]], int] | None) -> None:
         self.num_blocks = num_blocks
         self.choose = choose
         self.refs = [0] * num_blocks
@@ -58,9 +61,9 @@ class BlockPool:
         return block, evicted
 
     def _pick_idle(self) -> int:
+        if self.choose is None or len(self._idle) == 1:
+            return next(iter(self._idle))
         window = list(islice(self._idle, EVICTION_WINDOW))
-        if len(window) == 1:
-            return window[0]
         views = [BlockView(b, self._last_used[b], self._num_hits[b], self._depth[b]) for b in window]
         return window[self.choose(views)]
 

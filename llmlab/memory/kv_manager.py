@@ -43,7 +43,7 @@ class KVManager:
     plan must carry, in the order in which they must happen."""
 
     def __init__(self, num_blocks: int, num_host_blocks: int, block_size: int, enable_prefix_caching: bool,
-                 log: EventLog, choose_eviction: Callable[[AbstractSequence[BlockView]], int]) -> None:  # fmt: skip
+                 log: EventLog, choose_eviction: Callable[[AbstractSequence[BlockView]], int] | None) -> None:  # fmt: skip
         self.block_size = block_size
         self.pool = BlockPool(num_blocks, choose_eviction)
         self.host = HostPool(num_host_blocks)
@@ -53,7 +53,7 @@ class KVManager:
         self._caching = enable_prefix_caching
         self._log = log
         self._quarantine: dict[int, list[int]] = {}
-        self._hashed = log.wants(ev.BlocksReserved)
+        self._hashed = log.wants(ev.BlocksReserved)  # blocks are logged one by one, so their hash is kept
         self._blocks_hash = 0
 
     # ------------------------------------------------------------------------------- looking
@@ -156,7 +156,7 @@ class KVManager:
 
     def _take(self, request: str, cause: int) -> int:
         block, evicted = self.pool.take()
-        if evicted is not None:
+        if evicted is not None and self._hashed:
             self._toggle_cached(block, evicted)
             self._log.emit(ev.BlockEvicted, request, cause, block_id=block, hash=evicted.hex())
         return block
@@ -182,7 +182,7 @@ class KVManager:
         full = min(num_tokens // self.block_size, len(table.block_ids))
         hashes = chain_hashes(seq.token_ids, self.block_size, seq.block_hashes, full)
         for index in range(table.num_findable, full):
-            if self.pool.cache(table.block_ids[index], hashes[index], index):
+            if self.pool.cache(table.block_ids[index], hashes[index], index) and self._hashed:
                 self._toggle_cached(table.block_ids[index], hashes[index])
                 self._log.emit(ev.BlockCached, seq.id, block_id=table.block_ids[index], hash=hashes[index].hex())
         table.num_findable = full
@@ -282,8 +282,7 @@ class KVManager:
                 self._blocks_hash ^= block_fingerprint(seq.request.number, index, block)
 
     def _toggle_cached(self, block: int, block_hash: bytes) -> None:
-        if self._hashed:
-            self._blocks_hash ^= cached_fingerprint(block, block_hash.hex())
+        self._blocks_hash ^= cached_fingerprint(block, block_hash.hex())
 
     def fingerprint(self) -> int:
         """XOR over all tables and findable blocks, from scratch; see `LabState.blocks_hash`."""

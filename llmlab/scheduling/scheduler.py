@@ -26,9 +26,11 @@ from llmlab.scheduling.seamcalls import (
     Considered,
     Seam,
     checked_admission,
+    checked_commit,
     checked_items,
     checked_key,
     checked_mode,
+    checked_offer,
     checked_places,
     unchecked,
 )  # fmt: skip
@@ -80,7 +82,7 @@ class Policies(NamedTuple):
     victim: Seam[Victim]
     placement: Seam[Placement]
     tiering: Seam[Tiering]
-    decoding: DecodingMethod
+    decoding: Seam[DecodingMethod]
     stop_rule: StopRule
 
 
@@ -196,10 +198,12 @@ class Scheduler:
         """Ask everybody who has a say, and reserve memory for the outcome."""
         self._refresh_queue(now)
         view = self._view(now)
-        work = self.policies.decoding.work
-        running = tuple([offer for request in view.running if (offer := work(request)) is not None])
+        running = tuple([offer for request in view.running if (offer := self._work(request)) is not None])
         waiting = self._admit(view) if let_in else ()
         return self._reserve(view, self._compose(view, Offers(running, waiting)))
+
+    def _work(self, request: RequestView) -> WorkItem | None:
+        return self.policies.decoding.ask(lambda p: p.work(request), lambda offer: checked_offer(offer, request))
 
     def _launch(self, plan: StepPlan, planned: AbstractSequence[InFlight]) -> None:
         self.inflight[plan.step] = tuple(planned)
@@ -579,7 +583,7 @@ class Scheduler:
 
     def _append(self, seq: Sequence, result: ItemResult, plan: int) -> Update:
         policies, request, log = self.policies, seq.request, self.log
-        accepted = policies.decoding.accept(request, result).token_ids
+        accepted = policies.decoding.ask(lambda p: p.accept(request, result), checked_commit, plan).token_ids
         num_outputs, reason = len(seq.token_ids) - seq.num_prompt_tokens, None
         for index, token in enumerate(accepted, 1):
             reason = policies.stop_rule.check(request, token, num_outputs + index)

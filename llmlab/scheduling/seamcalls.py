@@ -17,8 +17,8 @@ from msgspec.structs import replace
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.registry import policy_name
-from llmlab.seams import Admit, Limits, Offers, Wait
-from llmlab.types import ConfigError, Cost, PolicyError, WorkItem
+from llmlab.seams import Admit, Limits, Offers, RequestView, Wait
+from llmlab.types import Commit, ConfigError, Cost, PolicyError, WorkItem
 
 _LARGEST = 2**63  # integers from here on fit into no log
 P = TypeVar("P")
@@ -34,7 +34,7 @@ class Seam(Generic[P]):
         self.policy = policy
         self.default = default
         self.policy_name = policy_name(policy)
-        self._trusted = type(policy).__module__.startswith(("llmlab.scheduling.", "llmlab.memory."))
+        self._trusted = type(policy).__module__.startswith(("llmlab.scheduling.", "llmlab.memory.", "llmlab.decoding."))
         self._log = log
         self._timeout = timeout
 
@@ -143,6 +143,25 @@ def checked_places(answer: Iterable[WorkItem], items: Sequence[WorkItem]) -> Seq
         if place.device not in ("device", "cpu") or not isinstance(place.lane, int):
             raise PolicyError("place", place, "device must be 'device' or 'cpu', lane an integer")
     return placed
+
+
+def checked_offer(offer: WorkItem | None, request: RequestView) -> WorkItem | None:
+    """Work on the request that was asked about, from its first uncomputed token on, or none."""
+    if offer is None:
+        return None
+    if not isinstance(offer, WorkItem) or offer.request != request.id:
+        raise PolicyError("work", offer, f"is not a WorkItem of {request.id}")
+    start, stop = offer.tokens
+    if start != request.num_computed_tokens or not start < stop <= request.num_tokens:
+        raise PolicyError("work", (start, stop), f"must begin at {request.num_computed_tokens} and end at most at "
+                          f"{request.num_tokens}")  # fmt: skip
+    return offer
+
+
+def checked_commit(answer: Commit) -> Commit:
+    if not isinstance(answer, Commit) or not all(isinstance(t, int) and t >= 0 for t in answer.token_ids):
+        raise PolicyError("accept", answer, "must be Commit(token_ids) with token ids")
+    return answer
 
 
 def checked_mode(answer: str, feasible: Sequence[str]) -> str:

@@ -110,8 +110,11 @@ def cached_pool(num_blocks: int, policy: str) -> BlockPool:
     return pool
 
 
-def test_lru_gives_away_the_block_released_longest_ago() -> None:
+@pytest.mark.parametrize("asked", [True, False])
+def test_lru_gives_away_the_block_released_longest_ago(asked: bool) -> None:
     pool = cached_pool(4, "lru")
+    if not asked:
+        pool._choose = None
     pool.pin(0)
     pool.release(0)
     assert [pool.take()[0] for _ in range(4)] == [1, 2, 3, 0]

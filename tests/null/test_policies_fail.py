@@ -274,7 +274,6 @@ def test_random_answers_at_every_seam_at_once(seed: int, overlap_depth: int, rat
     survives(sim_engine(**{**SMALL, **policies, "overlap_depth": overlap_depth}), 4000)
 
 
-@pytest.mark.xfail(strict=True, reason="the decoding seam is not guarded yet")
 @pytest.mark.parametrize("broken", ["work", "accept"])
 def test_a_decoding_method_that_raises_is_replaced_too(broken: str) -> None:
     class Decoding(Autoregressive):
