@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PANEL = "The sweep"
 # Metric of a row, head of its column, and whether it is in seconds; what matters most first: narrow terminals show fewer.
 COLUMNS = (("p90_ttft", "TTFT p90", True), ("p90_e2e", "E2E p90", True), ("output_throughput", "tok/s", False),
-           ("num_preemptions", "preempted", False), ("p50_tpot", "TPOT p50", True), ("p50_ttft", "TTFT p50", True))  # fmt: skip
+           ("num_preemptions", "preempted", False), ("num_refused", "refused", False), ("p50_tpot", "TPOT p50", True), ("p50_ttft", "TTFT p50", True))  # fmt: skip
 EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -178,13 +178,15 @@ def _print(rows: Sequence[Row], axes: Sequence[str], seeds: int) -> None:
 
 def setting_rows(rows: Sequence[Row], axes: Sequence[str]) -> list[list[str]]:
     """The table: a head, and one line for each setting, its metrics as means over seeds ± standard deviation."""
+    refused = any(row.get("num_refused") for row in rows)  # then the lines do not tell of the same requests
+    columns = [column for column in COLUMNS if refused or column[0] != "num_refused"]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(_setting(row, axes), []).append(row)
-    lines = [[*(axes or ["setting"]), *(title for _, title, _ in COLUMNS)]]
+    lines = [[*(axes or ["setting"]), *(title for _, title, _ in columns)]]
     for setting, group in groups.items():
         good = [row for row in group if not row["error"]]
-        cells = [_cell([row[name] for row in good if row[name] is not None], timed) for name, _, timed in COLUMNS]
+        cells = [_cell([row[name] for row in good if row[name] is not None], timed) for name, _, timed in columns]
         lines.append([*(setting or ("as given",)), *cells])
     return lines
 

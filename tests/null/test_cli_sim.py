@@ -127,6 +127,7 @@ def test_the_commands_that_sim_suggests_can_be_run(trace: Path, tmp_path: Path, 
     for words in suggested:
         few = ["--seeds", "1", "-n", "3", "--backend", "inline"] if words[0] == "sweep" else []
         assert call(*words, *few).exit_code == 0, words
+    assert Run.load(tmp_path / "sim.jsonl.zst").metrics == Run.load(trace).metrics  # the same run again, kept
 
 
 def test_without_options_it_is_llama_2_7b_on_a_t4() -> None:
@@ -324,6 +325,15 @@ def test_sweep_over_the_workload(tmp_path: Path) -> None:
     assert [row["workload"] for row in rows] == ["rate=50.0", "rate=5000.0"]
     assert rows[0]["duration"] > 2 * rows[1]["duration"]
     assert "rate" in call(*GRID, "--set", "rate=50,5000").output
+
+
+def test_refused_requests_get_a_column() -> None:
+    head = call(*GRID, "--set", "ordering=fcfs,ljf").stdout.splitlines()[1]
+    assert "preempted" in head
+    assert "refused" not in head
+    result = call(*GRID, "--set", "num_blocks=4,64", "--prompt-len", "40,80")
+    refused = [re.split(r"\s{2,}", line.strip())[5] for line in result.stdout.splitlines()[1:4]]
+    assert (refused[0], int(refused[1]) > 0, refused[2]) == ("refused", True, "0")
 
 
 def test_a_point_that_fails_is_told_and_the_others_are_kept() -> None:
