@@ -198,11 +198,13 @@ class Scheduler:
         """Ask everybody who has a say, and reserve memory for the outcome."""
         self._refresh_queue(now)
         view = self._view(now)
-        running = tuple([offer for request in view.running if (offer := self._work(request)) is not None])
+        decoding = self.policies.decoding
+        work = decoding.policy.work if decoding.trusted else self._guarded_work
+        running = tuple([offer for request in view.running if (offer := work(request)) is not None])
         waiting = self._admit(view) if let_in else ()
         return self._reserve(view, self._compose(view, Offers(running, waiting)))
 
-    def _work(self, request: RequestView) -> WorkItem | None:
+    def _guarded_work(self, request: RequestView) -> WorkItem | None:
         return self.policies.decoding.ask(lambda p: p.work(request), lambda offer: checked_offer(offer, request))
 
     def _launch(self, plan: StepPlan, planned: AbstractSequence[InFlight]) -> None:
@@ -583,7 +585,10 @@ class Scheduler:
 
     def _append(self, seq: Sequence, result: ItemResult, plan: int) -> Update:
         policies, request, log = self.policies, seq.request, self.log
-        accepted = policies.decoding.ask(lambda p: p.accept(request, result), checked_commit, plan).token_ids
+        decoding = policies.decoding
+        commit = (decoding.policy.accept(request, result) if decoding.trusted
+                  else decoding.ask(lambda p: p.accept(request, result), checked_commit, plan))  # fmt: skip
+        accepted = commit.token_ids
         num_outputs, reason = len(seq.token_ids) - seq.num_prompt_tokens, None
         for index, token in enumerate(accepted, 1):
             reason = policies.stop_rule.check(request, token, num_outputs + index)
