@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from llmlab.clock import Clock
-from llmlab.events.catalog import Event
+from llmlab.events.catalog import Event, TokensReleased
 from llmlab.types import ConfigError
 
 E = TypeVar("E", bound=Event)
@@ -61,6 +61,15 @@ class EventLog:
         seq = self.num_emitted
         self.append(kind(seq=seq, t=self._now(), step=self.step, instance=self._instance, request=request, cause=cause,
                          **fields))  # fmt: skip
+        return seq
+
+    def emit_tokens(self, request: str, cause: int, token_ids: tuple[int, ...]) -> int:
+        """`emit(TokensReleased, ...)` at half its cost: the one event that each request leaves in each step."""
+        if self.level < TokensReleased.LEVEL:
+            return cause
+        seq = self.num_emitted
+        self.append(TokensReleased(seq=seq, t=self._now(), step=self.step, instance=self._instance, request=request,
+                                   cause=cause, token_ids=token_ids))  # fmt: skip
         return seq
 
     def wants(self, kind: type[Event]) -> bool:

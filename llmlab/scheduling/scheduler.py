@@ -301,7 +301,7 @@ class Scheduler:
             need = self.memory.need(seq, self._hits(seq)).prompt
             if need + promised <= view.pool.num_free:
                 return False
-            self._log_wait(seq, "memory", f"it was preempted and needs {need} blocks to come back; of {view.pool.num_free} "
+            self._log_wait(seq, "memory", f"it was preempted and needs {count(need, 'block')} to come back; of {view.pool.num_free} "
                                           f"free ones {promised} are promised to those who run")  # fmt: skip
             return True
         return short is not None
@@ -600,7 +600,7 @@ class Scheduler:
         if not num_outputs:
             log.emit(ev.FirstToken, request.id, plan)
         seq.token_ids.extend(accepted)
-        log.emit(ev.TokensReleased, request.id, plan, token_ids=accepted)
+        log.emit_tokens(request.id, plan, accepted)
         if reason is not None:
             self._finish(seq, reason)
         return Update(request.id, accepted, result, reason)

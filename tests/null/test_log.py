@@ -34,6 +34,16 @@ def test_events_carry_the_header_of_their_moment() -> None:
 
 
 @pytest.mark.parametrize("level", range(5))
+def test_the_short_way_leaves_the_same_event(level: int) -> None:
+    logs = [EventLog(VirtualClock(3.0), level, instance=1) for _ in range(2)]
+    for log in logs:
+        log.step = 4
+    a = logs[0].emit(ev.TokensReleased, "r1", 8, token_ids=(1, 2))
+    b = logs[1].emit_tokens("r1", 8, (1, 2))
+    assert a == b and list(logs[0]) == list(logs[1])
+
+
+@pytest.mark.parametrize("level", range(5))
 def test_a_level_filters_and_causes_skip_what_is_not_recorded(level: int) -> None:
     log = EventLog(VirtualClock(), level)
     cause = log.emit(ev.FirstToken, "r0")
