@@ -233,7 +233,7 @@ def _tell_computing(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
 def _tell_decode(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
     steps = _steps_of(run, request, stretch)
     if not steps:
-        yield "Its steps were not recorded (log level below 2)." if run.started.level < 2 else "It ended at once."
+        yield "Its steps were not recorded (log level below 2)." if run.started.level < 2 else "No step of its own fell into it."
         return
     mixed = [s for s in steps if any(i.num_tokens > 1 and i.request != request for i in s.items)]
     pure = [s for s in steps if s not in mixed]
