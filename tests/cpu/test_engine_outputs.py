@@ -213,6 +213,18 @@ def test_an_abort_in_flight_keeps_its_tokens_and_spares_its_neighbours(oracle: O
         assert released == expected[: len(released)]
 
 
+def test_the_executor_forgets_who_ended(oracle: Oracle) -> None:
+    with tiny_engine(oracle.directory, overlap_depth=1) as engine:
+        known: dict[str, Any] = engine.executor._tokens  # type: ignore[attr-defined]
+        gone = [engine.add_request(other, greedy(4, n=2, prompt_logprobs=0)) for other in OTHERS]
+        engine.step()
+        engine.abort(gone[0])
+        serve(engine)
+        last = engine.add_request(PROMPT, greedy(4))
+        serve(engine)
+        assert list(known) == [last]
+
+
 # -------------------------------------------------------------------------------------------- errors
 @DEPTHS
 @pytest.mark.parametrize("extra", [{}, {"prompt_logprobs": 1}, {"n": 2}, {"logprobs": 2}], ids=str)

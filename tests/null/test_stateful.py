@@ -130,3 +130,12 @@ def test_no_live_lock_when_the_pool_is_a_tenth_of_the_demand(composer: str, admi
     assert len(done) == 12
     if admission == "worst_case":
         assert not engine.log.filter(ev.RequestPreempted)
+
+
+def test_a_sibling_swapped_out_in_the_step_that_forked_it_takes_its_copy_along() -> None:
+    """The copies of one step happen in order: first the fork's, then the way to the host, then somebody else's tokens."""
+    engine = sim_engine(num_blocks=3, block_size=4, composer=WaitingFirst(), admission="optimistic", tiering="swap")
+    engine.add_request(list(range(8)), SamplingParams(n=2, max_tokens=4, ignore_eos=True))
+    run_to_end(engine, 60, Watch(engine))
+    kinds = [[move.kind for move in plan.moves] for plan in engine.log.filter(ev.StepPlanned)]
+    assert ["copy", "swap_out"] in kinds and ["swap_in"] in kinds
