@@ -65,7 +65,11 @@ def models(as_json: AsJson = False) -> None:
     from llmlab.cli.console import stdout
 
     console = stdout()
-    console.print(_model_table(entries) if entries else "No model comes with this installation.")
+    if not entries:
+        console.print("No model comes with this installation.")
+    for entry in entries:
+        console.print(Text(entry["name"], "bold"), _model_line(entry), highlight=False)
+        console.print(_gate_table(entry))
     console.print(Text(f"Shapes without weights (simulate them, or fill them with --random-weights): {', '.join(sorted(SHAPES))}.", "dim"))
 
 
@@ -85,18 +89,25 @@ def _model_entry(name: str, path: Path) -> dict[str, Any]:
     return {**entry, "parameters": card.parameters, "tokens": card.tokens, "role": card.role, "gates": gates}
 
 
-def _model_table(entries: list[dict[str, Any]]) -> Table:
-    table = _table("model", "parameters>", "trained on>", "size>", "gate", "accuracy>", "95 % interval", "n>", "required>")
-    for entry in entries:
-        facts = [entry["name"], _millions(entry["parameters"]), _millions(entry["tokens"], " tokens"), f"{entry['bytes'] / 1e6:.1f} MB"]
-        for gate in entry["gates"] or [None]:
-            table.add_row(*facts, *_gate_cells(gate))
-            facts = [""] * 4
+def _model_line(entry: dict[str, Any]) -> str:
+    """Facts of a model in one line."""
+    if entry["parameters"] is None:
+        return f"{entry['bytes'] / 1e6:.1f} MB, without a readable card"
+    trained = "" if entry["tokens"] is None else f", trained on {_millions(entry['tokens'])} tokens"
+    role = f": {entry['role']}" if entry["role"] else ""
+    return f"{_millions(entry['parameters'])} parameters{trained}, {entry['bytes'] / 1e6:.1f} MB{role}"
+
+
+def _gate_table(entry: dict[str, Any]) -> Table:
+    table = _table("  gate", "accuracy>", "95 % interval", "n>", "required>")
+    for gate in entry["gates"] or [None]:
+        name, *cells = _gate_cells(gate)
+        table.add_row(f"  {name}", *cells)
     return table
 
 
-def _millions(number: int | None, unit: str = "") -> str:
-    return "-" if number is None else f"{number / 1e6:,.2f} M{unit}" if number < 1e7 else f"{number / 1e6:,.0f} M{unit}"
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.2f} M" if number < 1e7 else f"{number / 1e6:,.0f} M"
 
 
 def _gate_cells(gate: dict[str, Any] | None) -> list[str]:

@@ -404,8 +404,9 @@ def test_models_shows_cards_with_their_intervals(tmp_path: Path, monkeypatch: py
     save_card(Card("carded", "a test", 1_500_000, {}, 0, 10, 2_000_000, 1_000_000, 1.0, 0.5, "here", "", [], {}, True, [gate]), tmp_path / "carded")
     monkeypatch.setattr(zoo, "model_roots", lambda: [tmp_path])
     shown = call("models").output
-    assert re.search(r"carded\s+1\.50 M\s+2\.00 M tokens\s+\S+ MB\s+arith-2 slow greedy\s+65\.0%\s+58\.0% \.\. 71\.0%\s+200\s+✓ 50%", shown)
-    assert re.search(r"bare\s+-\s+-", shown)
+    assert re.search(r"carded 1\.50 M parameters, trained on 2\.00 M\s+tokens, \S+ MB", shown)
+    assert re.search(r"arith-2 slow greedy\s+65\.0%\s+58\.0% \.\. 71\.0%\s+200\s+✓ 50%", shown)
+    assert re.search(r"bare \S+ MB, without a readable card\s+gate[^\n]+\n\s+not measured", shown)
     entries = json.loads(call("models", "--json").output)
     assert entries[1]["gates"][0]["right"] == 130
 
