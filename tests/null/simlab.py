@@ -155,7 +155,7 @@ def sim_engine(**fields: Any) -> Engine:
     """A small simulated engine whose executor checks every KV read. Level 3, integrity checked at every step."""
     base: dict[str, Any] = {
         "model": MODEL, "executor": "sim", "hardware": HARDWARE, "block_size": 4, "num_blocks": 16, "log_level": 3,
-        "check_interval": 1, "max_num_batched_tokens": 32, "max_num_seqs": 8,
+        "check_interval": 1, "max_num_batched_tokens": 32, "max_num_seqs": 8, "policy_timeout": 60.0,
     }  # fmt: skip
     engine = Engine(**{**base, **fields})
     memory = engine.scheduler.memory
