@@ -57,6 +57,7 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 PRODUCT_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PRODUCTS = ((128, 128), (128, 512), (512, 1024), (1024, 4096), (2048, 8192))  # depth, columns: 16 Ki to 16 Mi weights
 MOVED_BLOCKS = (1, 4, 16, 64, 256)
+SCATTER = 1024  # blocks over which those of the rows are scattered
 CACHE_BYTES = 384 << 20  # of KV that the measurements may use
 
 Progress = Callable[[int, int, str], None]
@@ -113,18 +114,21 @@ class Lens(NamedTuple):
 
 
 class Batches:
-    """Step batches of any lengths, over blocks of one cache. Rows share blocks only if the cache is too small."""
+    """Step batches of any lengths, over blocks of one cache, scattered as in an engine that has been serving for a while.
+    Rows share blocks only if the cache is too small."""
 
     def __init__(self, block_size: int, num_blocks: int, vocab_size: int) -> None:
         self._block_size, self._num_blocks, self._vocab_size = block_size, num_blocks, vocab_size
+        near = min(num_blocks, SCATTER)
+        self._order = [*np.random.default_rng(0).permutation(near).tolist(), *range(near, num_blocks)]
         self._count = 0
 
     def blocks(self, spans: Sequence[Lens]) -> list[tuple[int, ...]]:
-        """One block table per row, one behind the other."""
+        """One block table per row, none of whose blocks another row has."""
         tables, at = [], 0
         for span in spans:
             count = -(-span.kv // self._block_size)
-            tables.append(tuple((at + i) % self._num_blocks for i in range(count)))
+            tables.append(tuple(self._order[(at + i) % self._num_blocks] for i in range(count)))
             at += count
         return tables
 
