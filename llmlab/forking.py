@@ -23,7 +23,7 @@ from llmlab.events import catalog as ev
 from llmlab.events.metrics import MetricsFold
 from llmlab.events.replay import ReplayClock, compare, feed
 from llmlab.events.trace import Run
-from llmlab.execution.cost import RooflineCost
+from llmlab.execution.cost import RooflineCost, wall_cost
 from llmlab.execution.sim_executor import PseudoTokens, SimExecutor, SimTicket
 from llmlab.replaying import recorded_config, recorded_scheduler
 from llmlab.scheduling.scheduler import Scheduler
@@ -166,7 +166,8 @@ def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayC
     shape = Shape(**model["shape"])
     device = run.started.hardware["name"]
     cost = RooflineCost(shape, device, config.block_size, model["precision"])
-    executor = ResumedExecutor(busy_until, cost, RecordedTokens(run, shape.vocab_size), clock, {"device": device})
+    wall = wall_cost(cost, config.overlap_depth)
+    executor = ResumedExecutor(busy_until, wall, RecordedTokens(run, shape.vocab_size), clock, {"device": device})
     facts = ModelFacts(
         model["name"], shape.vocab_size, scheduler.limits.max_model_len, tuple(model["eos_token_ids"]), shape
     )

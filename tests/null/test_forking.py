@@ -138,6 +138,13 @@ def test_a_fork_keeps_the_past_and_changes_the_future(changes: dict[str, Any], o
     assert len(fork.events("RequestRefused")) == 1
 
 
+@pytest.mark.parametrize("overlap_depth", [0, 1])
+def test_a_fork_under_a_measured_profile_takes_the_engines_time_too(overlap_depth: int) -> None:
+    run = parent(3, model="lab-s", hardware="epyc-1-thread.lab-s.json", overlap_depth=overlap_depth)
+    middle = run.steps[len(run.steps) // 2].step
+    assert run.fork(middle).log_events[1:] == run.log_events[1:]
+
+
 def test_a_fork_that_never_runs_dry_of_steps_in_flight() -> None:
     """The executor is busy until the step in flight at the fork is done: nothing may overtake it."""
     run = parent(4, overlap_depth=2)
