@@ -254,6 +254,11 @@ def test_compare_needs_common_requests(trace: Path, tmp_path: Path) -> None:
     assert "no request in common" in said(result)
 
 
+def mean_rows(output: str) -> list[list[str]]:
+    """The first rows of the table of means, word by word: its columns are as wide as the names of the files."""
+    return [line.split() for line in output.partition("mean")[2].splitlines()[1:5]]
+
+
 def test_fork_writes_the_trace_that_it_compares(trace: Path, tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl.zst"
     Run.load(trace).save(path)
