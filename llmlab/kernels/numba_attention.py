@@ -120,17 +120,16 @@ def find_lines(a, row, head, chunk, start, stop, lines, storage):
 @compiled()
 def gather(a, tiles, wide, count, lines, ahead, ahead_count, storage):
     """The keys of a chunk, transposed, to `tiles.keys`; the chunk `ahead` is asked for meanwhile."""
-    asked = 0
     for i in range(0, count, LANES):
-        upto = min(ahead_count, i + LANES if i + LANES < count else CHUNK)
-        for position in range(asked, upto):
-            for byte in range(0, width(storage) * a.dim, 64):
-                prefetch(get_long(ahead, position) + byte)
-                prefetch(get_long(ahead, CHUNK + position) + byte)
-        asked = upto
         target = tiles.keys + 4 * (i // PANEL * a.dim * PANEL + i % PANEL)
         for d in range(0, a.dim, LANES):
+            for position in range(i, i + LANES):
+                prefetch(get_long(ahead, position) + width(storage) * d)
             transpose(lines + 8 * i, d, target + 4 * d * PANEL, storage)
+    for position in range(count, ahead_count):
+        for d in range(0, a.dim, LANES):
+            prefetch(get_long(ahead, position) + width(storage) * d)
+            prefetch(get_long(ahead, CHUNK + position) + width(storage) * d)
     if a.dim < wide:  # the product reads whole panels: give it rows of that width
         for i in range(count):
             target = tiles.values + width(storage) * i * wide
@@ -277,7 +276,8 @@ def attend(a, tiles, unit, last, parity, wide, storage):
         for d in range(0, wide, PANEL):
             weights, values, out = tiles.scores + 4 * skip, lines + 8 * (CHUNK + skip), tiles.out + 4 * d
             at = width(storage) * d
-            scattered_product(weights, CHUNK, values, at, out, wide, rows, count - skip, storage)
+            next_values = ahead + 8 * (CHUNK + skip)
+            scattered_product(weights, CHUNK, values, next_values, at, out, wide, rows, count - skip, storage)
         if after % SEGMENT == 0 or after >= stop:
             close_segment(tiles, rows, wide)
         skip, count, parity = 0, min(CHUNK, stop - after), 1 - parity

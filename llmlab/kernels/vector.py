@@ -110,16 +110,17 @@ def _product(rows: int, scattered: bool) -> Any:
     """y[rows, PANEL] += x[rows, k] @ w[k, PANEL]; strides of x and y in elements.
 
     `w` is the address of dense weights, and the cache lines from `ahead` on are asked for meanwhile, one
-    in each step; or, scattered, `w` holds the address of each of the k rows, to which `ahead` is added.
+    in each step. Or, scattered, `w` and `ahead` hold k addresses of rows, to which `offset` is added: the
+    row of `w` is read and that of `ahead` asked for.
     """
     vectors, size = SHAPE.vectors, types.int64
 
     @intrinsic
-    def product(context, x, x_stride, w, y, y_stride, k, ahead, storage):
+    def product(context, x, x_stride, w, y, y_stride, k, ahead, offset, storage):
         width = 4 if storage == types.float32 else 2
 
         def codegen(target, b, signature, args):
-            x, x_stride, w, y, y_stride, k, ahead, _ = args
+            x, x_stride, w, y, y_stride, k, ahead, offset, _ = args
             fma = cgutils.get_or_insert_function(
                 b.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32"
             )
@@ -134,7 +135,10 @@ def _product(rows: int, scattered: bool) -> Any:
             sums = [b.phi(VECTOR) for _ in cells]
             if scattered:
                 row_at = b.load(_at(b, b.add(w, b.mul(i, I64(8))), 0, I64))
-                weights_at = b.add(row_at, ahead)
+                weights_at = b.add(row_at, offset)
+                next_at = b.add(b.load(_at(b, b.add(ahead, b.mul(i, I64(8))), 0, I64)), offset)
+                for line in range(0, width * PANEL, 64):
+                    _prefetch(b, b.add(next_at, I64(line)))
             else:
                 weights_at = b.add(w, b.mul(i, I64(width * PANEL)))
                 _prefetch(b, b.add(ahead, b.mul(i, I64(64))))
@@ -152,7 +156,7 @@ def _product(rows: int, scattered: bool) -> Any:
                 _store(b, value, y_rows[r], j * LANES)
             return target.get_dummy_value()
 
-        return types.void(size, size, size, size, size, size, size, storage), codegen
+        return types.void(size, size, size, size, size, size, size, size, storage), codegen
 
     return product
 
@@ -168,32 +172,36 @@ F32, BF16, F16 = np.float32(0), np.uint16(0), np.int16(0)
 def product(x, x_stride, w, y, y_stride, rows, k, ahead, storage):
     """y[rows, PANEL] += x[rows, k] @ w[k, PANEL] for addresses x, y (float32) and w (`storage`); k > 0."""
     while rows >= 6:
-        _product_6(x, x_stride, w, y, y_stride, k, ahead, storage)
+        _product_6(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
         x, y, rows, ahead = x + 24 * x_stride, y + 24 * y_stride, rows - 6, ahead + 64 * k
     if rows >= 4:
-        _product_4(x, x_stride, w, y, y_stride, k, ahead, storage)
+        _product_4(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
         x, y, rows, ahead = x + 16 * x_stride, y + 16 * y_stride, rows - 4, ahead + 64 * k
     if rows >= 2:
-        _product_2(x, x_stride, w, y, y_stride, k, ahead, storage)
+        _product_2(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
         x, y, rows, ahead = x + 8 * x_stride, y + 8 * y_stride, rows - 2, ahead + 64 * k
     if rows >= 1:
-        _product_1(x, x_stride, w, y, y_stride, k, ahead, storage)
+        _product_1(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
 
 
 @compiled()
-def scattered_product(x, x_stride, w, offset, y, y_stride, rows, k, storage):
-    """`product` with row i of the weights at `offset` bytes behind the i-th of the addresses at w."""
+def scattered_product(x, x_stride, w, ahead, offset, y, y_stride, rows, k, storage):
+    """`product` with row i of the weights `offset` bytes behind the i-th of the addresses at w.
+
+    Those at `ahead` are asked for at the same pace: memory is read on while the arithmetic runs. (All
+    requests at once would fill the queue of outstanding misses, and every load behind them would wait.)
+    """
     while rows >= 6:
-        _scattered_6(x, x_stride, w, y, y_stride, k, offset, storage)
+        _scattered_6(x, x_stride, w, y, y_stride, k, ahead, offset, storage)
         x, y, rows = x + 24 * x_stride, y + 24 * y_stride, rows - 6
     if rows >= 4:
-        _scattered_4(x, x_stride, w, y, y_stride, k, offset, storage)
+        _scattered_4(x, x_stride, w, y, y_stride, k, ahead, offset, storage)
         x, y, rows = x + 16 * x_stride, y + 16 * y_stride, rows - 4
     if rows >= 2:
-        _scattered_2(x, x_stride, w, y, y_stride, k, offset, storage)
+        _scattered_2(x, x_stride, w, y, y_stride, k, ahead, offset, storage)
         x, y, rows = x + 8 * x_stride, y + 8 * y_stride, rows - 2
     if rows >= 1:
-        _scattered_1(x, x_stride, w, y, y_stride, k, offset, storage)
+        _scattered_1(x, x_stride, w, y, y_stride, k, ahead, offset, storage)
 
 
 @intrinsic
