@@ -132,17 +132,20 @@ def measure_machine(kernels: Kernels, report: Report) -> Machine:
 
 
 def measure_pools(kernels: Kernels, report: Report) -> None:
-    """Why one team: a parallel region of numba's own pool, alone and after a torch operator."""
-    report.title("Entering a team of threads")
+    """Why one team: the same work in numba's own pool, alone and next to a torch operator."""
+    report.title("Two pools of threads or one")
 
-    @numba.njit(parallel=True)
-    def halves(x):  # type: ignore[no-untyped-def]
-        for i in numba.prange(2):
-            x[i] += 1.0
+    @numba.njit(parallel=True, fastmath=True)
+    def product(x, weight, y):  # type: ignore[no-untyped-def]
+        for i in numba.prange(weight.shape[0]):
+            total = np.float32(0.0)
+            for j in range(weight.shape[1]):
+                total += weight[i, j] * x[j]
+            y[i] = total
 
-    x, small = np.zeros(2), torch.randn(64, 512)
-    linear, weight = kernels.linear(torch.randn(64, 64)), torch.randn(512, 512)
-    row = torch.randn(1, 64)
+    weight, row, out = torch.randn(1024, 512), torch.randn(1, 512), torch.empty(1024)
+    small, square = torch.randn(64, 512), torch.randn(512, 512)
+    linear = kernels.linear(weight)
 
     def hundred(*calls: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
@@ -152,19 +155,19 @@ def measure_pools(kernels: Kernels, report: Report) -> None:
 
         return run
 
-    product = lambda: torch.mm(small, weight)  # noqa: E731
-    best = race(
-        {
-            "a kernel of llmlab (torch's team)": hundred(lambda: linear(row)),
-            "a numba prange (its own pool)": hundred(lambda: halves(x)),
-            "torch.mm 64 x 512 x 512": hundred(product),
-            "torch.mm, then a kernel of llmlab": hundred(product, lambda: linear(row)),
-            "torch.mm, then a numba prange": hundred(product, lambda: halves(x)),
-        }
-    )
-    for name, seconds in best.items():
-        report.row(what=name, microseconds=seconds * 1e4)
-    report.row(what=f"numba's threading layer: {numba.threading_layer()}", microseconds="")
+    def prange() -> None:
+        product(row.numpy()[0], weight.numpy(), out.numpy())
+
+    calls: dict[str, tuple[Callable[[], object], ...]] = {
+        "linear 1024 x 512, 1 row: llmlab": (lambda: linear(row),),
+        "the same as a numba prange, its own pool": (prange,),
+        "torch.mm 64 x 512 x 512": (lambda: torch.mm(small, square),),
+        "torch.mm, then llmlab": (lambda: torch.mm(small, square), lambda: linear(row)),
+        "torch.mm, then the prange": (lambda: torch.mm(small, square), prange),
+    }
+    for name, steps in calls.items():
+        report.row(what=name, microseconds=race({name: hundred(*steps)})[name] * 1e4)
+    report.row(what=f"(threading layer of numba: {numba.threading_layer()})", microseconds="")
 
 
 # ------------------------------------------------------------------------------------------- linear
@@ -188,29 +191,34 @@ def all_layers(layers: list[LinearImpl], inputs: dict[int, Tensor]) -> Callable[
     return run
 
 
-def linear_race(kernels: Kernels, weights: list[Tensor], batch: int, seconds: float) -> dict[str, float]:
-    """Best seconds for all `weights` once, per implementation."""
-    inputs = {weight.shape[1]: torch.randn(batch, weight.shape[1]) for weight in weights}
-    sets: dict[str, list[LinearImpl]] = {
-        "torch": [TorchLinear(weight) for weight in weights],
-        "mkldnn": [MkldnnLinear(weight, batch) for weight in weights],
-        "llmlab": [kernels.linear(weight) for weight in weights],
-    }
-    return race({name: all_layers(layers, inputs) for name, layers in sets.items()}, seconds)
+class LinearRace:
+    """The same weights in three packings; all but oneDNN's serve every batch size."""
+
+    def __init__(self, kernels: Kernels, weights: list[Tensor]) -> None:
+        self._weights = weights
+        self._torch: list[LinearImpl] = [TorchLinear(weight) for weight in weights]
+        self._llmlab = [kernels.linear(weight) for weight in weights]
+        self.bytes = sum(4.0 * weight.numel() for weight in weights)
+
+    def __call__(self, batch: int, seconds: float) -> dict[str, float]:
+        """Best seconds for all weights once, per implementation."""
+        inputs = {weight.shape[1]: torch.randn(batch, weight.shape[1]) for weight in self._weights}
+        mkldnn: list[LinearImpl] = [MkldnnLinear(weight, batch) for weight in self._weights]
+        sets = {"torch": self._torch, "mkldnn": mkldnn, "llmlab": self._llmlab}
+        return race({name: all_layers(layers, inputs) for name, layers in sets.items()}, seconds)
 
 
 def measure_linear(kernels: Kernels, report: Report) -> None:
     report.title("Linear layers, weights read from memory (GB/s of weights, GFLOP/s)")
     for name, shape in {**LAYER, "head": HEAD}.items():
         count = -(-FAR_MORE_THAN_CACHE // (4 * shape[0] * shape[1]))
-        weights = [torch.randn(shape) for _ in range(count)]
-        size = 4.0 * shape[0] * shape[1] * count
+        contest = LinearRace(kernels, [torch.randn(shape) for _ in range(count)])
         for batch in BATCHES:
-            best = linear_race(kernels, weights, batch, 0.1)
+            best = contest(batch, 0.06)
             cells: dict[str, object] = {"layer": f"{name} {shape[0]} x {shape[1]}", "batch": batch}
             for contender, seconds in best.items():
-                cells[f"{contender} GB/s"] = size / seconds / 1e9
-                cells[f"{contender} GFLOP/s"] = size / 2 * batch / seconds / 1e9
+                cells[f"{contender} GB/s"] = contest.bytes / seconds / 1e9
+                cells[f"{contender} GFLOP/s"] = contest.bytes / 2 * batch / seconds / 1e9
             report.row(**cells)
 
 
@@ -218,10 +226,10 @@ def measure_model(kernels: Kernels, report: Report) -> None:
     machine = measure_machine(kernels, report)
     report.title(f"All linear layers of the 28M model ({LAYERS} layers and the head), in order")
     weights = [torch.randn(shape) for _ in range(LAYERS) for shape in LAYER.values()] + [torch.randn(HEAD)]
-    size = sum(4.0 * weight.numel() for weight in weights)
+    contest = LinearRace(kernels, weights)
     for batch in (1, 4, 8, 16, 32, 64, 512):
-        best = linear_race(kernels, weights, batch, 0.4)
-        floor = max(size / machine.read, size / 2 * batch / machine.flops)
+        best = contest(batch, 0.4)
+        floor = max(contest.bytes / machine.read, contest.bytes / 2 * batch / machine.flops)
         cells: dict[str, object] = {"batch": batch, "floor ms": floor * 1e3}
         for name, seconds in best.items():
             cells |= {f"{name} ms": seconds * 1e3, f"{name} % of floor": 100 * floor / seconds}

@@ -7,8 +7,9 @@ keys and values of a row are scattered over blocks that its block table names.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class AttentionMetadata:
       positions up to its own; "full": it sees the whole row (blocks of a diffusion model, or the
       shared prefix of a cascade). A sliding window bounds the past in both.
 
-    Compared by identity, so that a kernel set may keep what it derived for the current step.
+    `derived` is for kernel sets: what they compute once per step and share between the layers.
     """
 
     cu_seqlens_q: Tensor
@@ -43,6 +44,7 @@ class AttentionMetadata:
     slot_mapping: Tensor
     max_seqlen_q: int
     mask: str = "causal"
+    derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:

@@ -199,7 +199,7 @@ def dense(x: Tensor) -> Tensor:
 def gate_rows(pool: Pool, gate_up: Tensor, act: str) -> Tensor:
     """`reference.gated_act` on float32 gate_up [T, 2F]."""
     gate_up, rows, columns = dense(gate_up), gate_up.shape[0], gate_up.shape[1] // 2
-    out, threads = torch.empty(rows, columns), pool.threads_for(rows)
+    out, threads = gate_up.new_empty(rows, columns), pool.threads_for(rows)
     pool.run(GATE_REGION.call(threads, gate_up.data_ptr(), out.data_ptr(), rows, columns, act_code(act)))
     return out
 
@@ -250,7 +250,7 @@ class PackedLinear:
         dtype, x = x.dtype, dense(x)
         norm_weight = None if norm_weight is None else dense(norm_weight)
         residual = None if residual is None else dense(residual)
-        out = torch.empty(x.shape[0], self.out_features if act == PLAIN else self.out_features // 2)
+        out = x.new_empty(x.shape[0], self.out_features if act == PLAIN else self.out_features // 2)
         self._pool.run(self.call(x, out, act, residual, norm_weight, eps, weight_offset))
         return out if dtype is torch.float32 else out.to(dtype)
 
@@ -268,6 +268,8 @@ class PackedLinear:
         (rows, depth), (_, columns), threads = x.shape, out.shape, self._pool.num_threads
         if depth != self.in_features:
             raise LabError("x", tuple(x.shape), f"does not fit a layer of {self.in_features} inputs")
+        if residual is not None and residual.shape != out.shape:
+            raise LabError("residual", tuple(residual.shape), f"does not fit outputs of {tuple(out.shape)}")
         tiles = self._pool.scratch(threads * 2 * ROWS * PANEL + rows * depth)
         normed = tiles + 8 * threads * ROWS * PANEL
         return self._region.call(

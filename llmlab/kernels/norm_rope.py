@@ -102,6 +102,12 @@ def heads_dense(x: Tensor) -> Tensor:
     return x if tokens_apart else x.float().contiguous()
 
 
+def regular(k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether compiled kernels can address these caches: dense slots, any stride between blocks and heads."""
+    strides, dim = k_cache.stride(), k_cache.shape[3]
+    return strides == v_cache.stride() and strides[2:] == (dim, 1) and k_cache.dtype in ROPE_REGIONS
+
+
 def rope_store_call(
     pool: Pool,
     q: Tensor,

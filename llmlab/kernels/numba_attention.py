@@ -31,6 +31,7 @@ from llmlab.kernels.attention_plan import (
 )
 from llmlab.kernels.layout import AttentionMetadata, AttentionState
 from llmlab.kernels.linear import share
+from llmlab.kernels.norm_rope import regular
 from llmlab.kernels.pool import Call, Pool, Region, barrier, record, thread_num
 from llmlab.kernels.vector import (
     BF16,
@@ -347,9 +348,9 @@ REGIONS = {
 }
 
 
-def supports(dim: int, cache: Tensor) -> bool:
-    """Whether the compiled kernel covers this head size and cache; the reference covers the others."""
-    return dim % LANES == 0 and cache.dtype in REGIONS and cache.stride(2) == dim and cache.stride(3) == 1
+def supports(k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether the compiled kernel covers caches like these; the reference covers the others."""
+    return regular(k_cache, v_cache) and k_cache.shape[3] % LANES == 0
 
 
 def attention_call(

@@ -5,7 +5,6 @@ What a compiled kernel does not cover (odd head sizes, other dtypes) goes to the
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from llmlab.kernels import reference
@@ -14,10 +13,11 @@ from llmlab.kernels.dispatch import BaseKernels, ExpertsImpl, LinearImpl
 from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoice
 from llmlab.kernels.linear import PLAIN, PackedLinear, dense, gate_rows
 from llmlab.kernels.moe import PackedExperts
-from llmlab.kernels.norm_rope import heads_dense, norm_rows, rope_store_call
+from llmlab.kernels.norm_rope import heads_dense, norm_rows, regular, rope_store_call
 from llmlab.kernels.numba_attention import attention_call, supports
 from llmlab.kernels.pool import Pool, openmp
 from llmlab.kernels.vector import SHAPE
+from llmlab.types import LabError
 
 
 class NumbaKernels(BaseKernels):
@@ -27,8 +27,6 @@ class NumbaKernels(BaseKernels):
 
     def __init__(self) -> None:
         self.pool = Pool()
-        self._planned: AttentionMetadata | None = None
-        self._plans: dict[tuple[int, int, int | None, int], AttnPlan] = {}
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearImpl:
         return PackedLinear(weight, bias, self.pool)
@@ -63,12 +61,11 @@ class NumbaKernels(BaseKernels):
 
     def plan(self, meta: AttentionMetadata, heads: int, group: int, window: int | None) -> AttnPlan:
         """The plan of the current step, made at its first use and shared by all layers."""
-        if meta is not self._planned:
-            self._planned, self._plans = meta, {}
         threads = self.pool.num_threads
-        key = (heads, group, window, threads)
-        if key not in self._plans:
-            self._plans[key] = plan_attention(
+        key = ("attention", heads, group, window, threads)
+        plan: AttnPlan | None = meta.derived.get(key)
+        if plan is None:
+            plan = meta.derived[key] = plan_attention(
                 meta.cu_seqlens_q.numpy(),
                 meta.seq_lens.numpy(),
                 heads=heads,
@@ -77,7 +74,7 @@ class NumbaKernels(BaseKernels):
                 window=window,
                 causal=meta.mask == "causal",
             )
-        return self._plans[key]
+        return plan
 
     def paged_attention(
         self,
@@ -90,10 +87,12 @@ class NumbaKernels(BaseKernels):
         softcap: float | None = None,
     ) -> AttentionState:
         (tokens, hq, dim), heads = q.shape, k_cache.shape[1]
-        if not supports(dim, k_cache):
+        if hq % heads or k_cache.shape[3] != dim:
+            raise LabError("q", tuple(q.shape), f"does not fit a KV cache of {tuple(k_cache.shape)}")
+        if not supports(k_cache, v_cache):
             return reference.paged_attention(q, k_cache, v_cache, meta, scale, sliding_window, softcap)
         plan, x = self.plan(meta, heads, hq // heads, sliding_window), heads_dense(q)
-        state = AttentionState(torch.empty(tokens, hq, dim), torch.empty(tokens, hq))
+        state = AttentionState(x.new_empty(tokens, hq, dim), x.new_empty(tokens, hq))
         self.pool.run(
             attention_call(self.pool, plan, state, x, k_cache, v_cache, meta, scale, sliding_window, softcap)
         )
@@ -119,6 +118,14 @@ class NumbaKernels(BaseKernels):
         eps: float = 1e-6,
         weight_offset: float = 0.0,
     ) -> Tensor:
+        if not regular(k_cache, v_cache):
+            return reference.rope_store(
+                *(q, k, v, cos, sin, k_cache, v_cache, slot_mapping),
+                q_norm=q_norm,
+                k_norm=k_norm,
+                eps=eps,
+                weight_offset=weight_offset,
+            )
         x, k, v, cos, sin = heads_dense(q), heads_dense(k), heads_dense(v), dense(cos), dense(sin)
         q_norm = None if q_norm is None else dense(q_norm)
         k_norm = None if k_norm is None else dense(k_norm)

@@ -144,7 +144,7 @@ class Pool:
     def scratch(self, size: int) -> int:
         """The address of `size` floats that last until this Python thread asks again."""
         if self._scratch.buffer.numel() < size:
-            self._scratch.buffer = torch.empty(2 * size)
+            self._scratch.buffer = torch.empty(2 * size, dtype=torch.float32, device="cpu")
         return self._scratch.buffer.data_ptr()
 
     def run(self, call: Call) -> None:

@@ -102,6 +102,25 @@ def test_rows_without_queries_and_strided_queries(numba: Kernels) -> None:
     check(replace(built, q=wide[:, 2:6]), numba)
 
 
+@pytest.mark.parametrize("layout", ["one pool for keys and values", "slots first"])
+def test_caches_that_are_views(numba: Kernels, layout: str) -> None:
+    """Any stride between blocks and heads is addressed; other layouts go to the reference."""
+    built = build(Case(rows=((1, 90), (20, 30))))
+    if layout == "slots first":
+        k_cache, v_cache = (
+            c.transpose(1, 2).contiguous().transpose(1, 2) for c in (built.k_cache, built.v_cache)
+        )
+    else:
+        pool = torch.stack((built.k_cache, built.v_cache), 1)
+        k_cache, v_cache = pool[:, 0], pool[:, 1]
+    built = replace(built, k_cache=k_cache, v_cache=v_cache)
+    check(built, numba)
+    k, v = torch.randn(2, 2, 32), torch.randn(2, 2, 32)
+    slots = torch.tensor([11, 3])
+    numba.store_kv(k, v, k_cache, v_cache, slots)
+    assert torch.equal(k_cache[1, :, 3], k[0]) and torch.equal(v_cache[0, :, 3], v[1])
+
+
 def split_attention(built: Built, blocks: list[int], kernels: Kernels) -> AttentionState:
     """One row's attention in parts: full over leading blocks, causal over the rest, merged."""
     case, (new, before) = built.case, built.case.rows[0]
