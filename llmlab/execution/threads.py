@@ -50,6 +50,7 @@ def choose_threads(wanted: int | None = None) -> ThreadChoice:
     if gain >= _WORTH:
         torch.set_num_threads(team)
         return ThreadChoice(team, f"{team} threads read memory {gain:.1f} times as fast as one")
+    torch.set_num_threads(1)
     return ThreadChoice(1, f"{team} threads are only {gain:.1f} times as fast as one: the other cores are busy")
 
 
