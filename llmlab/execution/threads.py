@@ -1,7 +1,7 @@
 """How many threads the CPU kernels should use: never more than there are free cores.
 
 Threads of one OpenMP team wait for each other by spinning, so a team that is larger than the number of free cores is
-not a little slower but many times: measured here, two threads beside one busy process fell to a fiftieth.
+not a little slower but many times: beside busy processes, two threads took over twenty times as long as one.
 """
 
 from __future__ import annotations
