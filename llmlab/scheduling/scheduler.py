@@ -18,12 +18,11 @@ import msgspec
 
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
-from llmlab.events.state import request_fingerprint
 from llmlab.events.why import count
 from llmlab.memory.kv_manager import KVManager, Reserved, Shortage
+from llmlab.scheduling.journal import Journal, StateHash
 from llmlab.scheduling.queue import WaitingQueue
 from llmlab.scheduling.seamcalls import (
-    Considered,
     Seam,
     checked_admission,
     checked_commit,
@@ -34,6 +33,7 @@ from llmlab.scheduling.seamcalls import (
     checked_places,
     unchecked,
 )  # fmt: skip
+from llmlab.scheduling.view import Viewer
 from llmlab.seams import (
     Admission,
     Composer,
@@ -41,11 +41,9 @@ from llmlab.seams import (
     DecodingMethod,
     EngineView,
     Limits,
-    Need,
     Offers,
     Ordering,
     Placement,
-    PoolView,
     RequestView,
     StopRule,
     Tiering,
@@ -55,7 +53,6 @@ from llmlab.seams import (
 )  # fmt: skip
 from llmlab.types import (
     QUEUED,
-    Cost,
     FinishReason,
     ItemResult,
     Request,
@@ -119,13 +116,11 @@ class Scheduler:
         self.inflight: dict[int, tuple[InFlight, ...]] = {}
         self.plan_seq: dict[int, int] = {}
         self.next_step = 0
-        self.state_hash = 0
+        self.hash = StateHash()
         self._cost = cost
-        self._considered = Considered(cost.step)
-        self._view_cap = view_cap
-        self._num_alternatives = num_alternatives
-        self._fingerprints: dict[int, int] = {}
-        self._dirty: dict[int, Sequence] = {}
+        self._journal = Journal(log, memory, cost, limits, num_alternatives)
+        self._viewer = Viewer(memory, limits, self._journal.considered.consider, view_cap)
+        self._num_compared = 2 + num_alternatives  # how much of the queue a Decision about its order needs
         self._short: dict[str, None] = {}  # running requests that found no memory when they were last planned
 
     # ------------------------------------------------------------------------ requests in and out
@@ -151,10 +146,10 @@ class Scheduler:
         return bool(self.sequences) or bool(self.inflight)
 
     def _enqueue(self, seq: Sequence, now: float) -> None:
-        view = self._request_view(seq)
+        view = self._viewer.request(seq)
         key = self.policies.ordering.ask(lambda p: checked_key(p.key(view, now)), unchecked, seq.cause)
         self.waiting.add(seq, key)
-        self._dirty[seq.request.number] = seq
+        self.hash.touch(seq)
 
     def _finish(self, seq: Sequence, reason: FinishReason, detail: str = "") -> None:
         if seq.status is RUNNING:
@@ -166,7 +161,7 @@ class Scheduler:
         del self.sequences[seq.id]
         self.log.emit(ev.RequestFinished, seq.id, seq.cause, reason=reason, num_output_tokens=seq.num_output_tokens,
                       num_preemptions=seq.num_preemptions, detail=detail)  # fmt: skip
-        self._dirty[seq.request.number] = seq
+        self.hash.touch(seq)
 
     def _stop_running(self, seq: Sequence) -> None:
         del self.running[seq.id]
@@ -186,7 +181,7 @@ class Scheduler:
         plan = StepPlan(self.next_step, tuple([flight.item for flight in planned]), self.memory.take_moves())
         idle = not plan.items and not plan.moves
         if not idle or self.log.num_emitted > mark:
-            self._log_plan(plan, now)
+            self._note(plan, now)
         if idle:
             if self.log.num_emitted == mark:
                 self.log.step = last_step  # a turn without a trace must not show in the events that follow
@@ -197,7 +192,7 @@ class Scheduler:
     def _plan(self, now: float, let_in: bool) -> list[InFlight]:
         """Ask everybody who has a say, and reserve memory for the outcome."""
         self._refresh_queue(now)
-        view = self._view(now)
+        view = self._look(now)
         decoding = self.policies.decoding
         work = decoding.policy.work if decoding.trusted else self._guarded_work
         running = tuple([offer for request in view.running if (offer := work(request)) is not None])
@@ -207,6 +202,11 @@ class Scheduler:
     def _guarded_work(self, request: RequestView) -> WorkItem | None:
         return self.policies.decoding.ask(lambda p: p.work(request), lambda offer: checked_offer(offer, request))
 
+    def _note(self, plan: StepPlan, now: float) -> None:
+        seq = self._journal.planned(plan, now, len(self.running), len(self.waiting))
+        if seq >= 0:
+            self.plan_seq[plan.step] = seq
+
     def _launch(self, plan: StepPlan, planned: AbstractSequence[InFlight]) -> None:
         self.inflight[plan.step] = tuple(planned)
         self.next_step += 1
@@ -215,25 +215,7 @@ class Scheduler:
             seq.num_computed_tokens = item.tokens[1]
             seq.inflight_step = plan.step
             seq.num_pending += item.emit == "sample"
-            self._dirty[seq.request.number] = seq
-
-    def _log_plan(self, plan: StepPlan, now: float) -> None:
-        if not self.log.wants(ev.StepPlanned):
-            return
-        self.plan_seq[plan.step] = self.log.emit(
-            ev.StepPlanned, now=now, items=plan.items, moves=plan.moves, num_tokens=total_tokens(plan.items),
-            num_running=len(self.running), num_waiting=len(self.waiting), free_blocks=self.memory.pool.num_free,
-            predicted=self._price(plan),
-        )  # fmt: skip
-
-    def _price(self, plan: StepPlan) -> Cost | None:
-        if not plan.items:
-            return None
-        cost = self._cost.step(plan.items)
-        swapped = sum(len(move.src) for move in plan.moves if move.kind != "copy")
-        if not swapped:
-            return cost
-        return msgspec.structs.replace(cost, seconds=cost.seconds + self._cost.swap(swapped).seconds)
+            self.hash.touch(seq)
 
     def adopt(self, policies: Policies, now: float) -> None:
         """Go on under other policies, as a fork does; the queue is sorted anew."""
@@ -246,7 +228,7 @@ class Scheduler:
 
     def _sort_queue(self, now: float) -> None:
         ordering = self.policies.ordering
-        views = {seq.id: self._request_view(seq) for seq in self.waiting}
+        views = {seq.id: self._viewer.request(seq) for seq in self.waiting}
         keys = {name: ordering.ask(lambda p, v=v: checked_key(p.key(v, now)), unchecked)  # type: ignore[misc]
                 for name, v in views.items()}  # fmt: skip
         self.waiting.resort(keys)
@@ -256,12 +238,12 @@ class Scheduler:
         """Offers of queued requests, in queue order, until a limit is hit or the policy says wait."""
         offers: list[WorkItem] = []
         budget, forced = self.limits.max_num_batched_tokens, not self.running and not self.inflight
-        for seq in self.waiting.head(self._view_cap):
+        for seq in self.waiting.head(self._viewer.cap):
             if len(self.running) + len(offers) >= self.limits.max_num_seqs:
-                self._log_wait(seq, "seats", f"all {self.limits.max_num_seqs} seats (max_num_seqs) are taken")
+                self._journal.wait(seq, "seats", f"all {self.limits.max_num_seqs} seats (max_num_seqs) are taken")
                 break
             if budget <= 0:
-                self._log_wait(seq, "budget", "earlier requests in the queue fill the token budget of this step")
+                self._journal.wait(seq, "budget", "earlier requests in the queue fill the token budget of this step")
                 break
             if self._must_wait(seq):
                 continue
@@ -272,20 +254,21 @@ class Scheduler:
                 break
             offers.append(offer)
             budget -= offer.num_tokens
-            view, forced = self._after_admission(view, seq), False
+            taken = self.memory.need(seq, self._hits(seq)).prompt
+            view, forced = self._viewer.after_admission(view, seq, taken), False
         return tuple(offers)
 
     def _must_wait(self, seq: Sequence) -> bool:
         """Cases that no policy may decide: a token of it is still in flight, or the sibling whose prompt it shares
         comes first and is not done with it."""
         if seq.num_pending:
-            self._log_wait(seq, "in_flight", "its last token is still being computed")
+            self._journal.wait(seq, "in_flight", "its last token is still being computed")
             return True
         parent = self.sequences.get(seq.request.fork_of or "")
         if parent is None or seq.status is not Status.WAITING or parent.num_computed_tokens >= parent.num_prompt_tokens:
             return False
         if parent.status is RUNNING or self.waiting.before(parent, seq):
-            self._log_wait(seq, "sibling", f"shares the prompt that {parent.id} is still computing")
+            self._journal.wait(seq, "sibling", f"shares the prompt that {parent.id} is still computing")
             return True
         return False
 
@@ -295,13 +278,13 @@ class Scheduler:
         beside those that running requests have still to compute."""
         short = next((name for name in self._short if name in self.running), None)
         if short is not None:
-            self._log_wait(seq, "memory", f"{short}, which runs, is short of memory")
+            self._journal.wait(seq, "memory", f"{short}, which runs, is short of memory")
         elif seq.num_preemptions and not forced:
             promised = sum(max(0, view.pool.blocks_for(r.num_tokens) - r.num_blocks) for r in view.running)
             need = self.memory.need(seq, self._hits(seq)).prompt
             if need + promised <= view.pool.num_free:
                 return False
-            self._log_wait(seq, "memory", f"it was preempted and needs {count(need, 'block')} to come back; of {view.pool.num_free} "
+            self._journal.wait(seq, "memory", f"it was preempted and needs {count(need, 'block')} to come back; of {view.pool.num_free} "
                                           f"free ones {promised} are promised to those who run")  # fmt: skip
             return True
         return short is not None
@@ -313,46 +296,19 @@ class Scheduler:
         hits = self._hits(seq)
         need = self.memory.need(seq, hits)
         cached = len(hits) * self.memory.block_size
-        request = self._request_view(seq, cached)
+        request = self._viewer.request(seq, cached)
         seam = self.policies.admission
         answer = seam.ask(lambda p: p.admit(view, request, need), checked_admission, seq.cause)
         if isinstance(answer, Wait) and not forced:
-            self._log_admission(seq, "wait", answer.reason, need, view)
-            self._log_wait(seq, "memory" if need.prompt > view.pool.num_free else "policy", answer.reason)
+            self._journal.admission(seam, seq, "wait", answer.reason, need, view.pool.num_free)
+            self._journal.wait(seq, "memory" if need.prompt > view.pool.num_free else "policy", answer.reason)
             return None
         reason = answer.reason
         if isinstance(answer, Wait):
             reason = f"nothing else runs, so it may not wait ({reason})"
-        self._log_admission(seq, "admit", reason, need, view)
+        self._journal.admission(seam, seq, "admit", reason, need, view.pool.num_free)
         start = seq.num_computed_tokens if seq.status is Status.SWAPPED else cached
         return WorkItem(seq.id, Span(start, seq.num_tokens))
-
-    def _after_admission(self, view: EngineView, seq: Sequence) -> EngineView:
-        """The view as if `seq` ran and had taken the blocks that it needs."""
-        hits = self._hits(seq)
-        taken = self.memory.need(seq, hits).prompt
-        request = msgspec.structs.replace(self._request_view(seq), num_blocks=self.memory.blocks_for(len(seq.token_ids)))
-        pool = msgspec.structs.replace(view.pool, num_free=max(0, view.pool.num_free - taken))
-        return msgspec.structs.replace(view, pool=pool, running=(*view.running, request))
-
-    def _log_admission(self, seq: Sequence, chosen: str, reason: str, need: Need, view: EngineView) -> None:
-        said, considered = f"{chosen}: {reason}", self._considered.take()
-        if seq.logged_wait == said or not self.log.wants(ev.Decision):
-            return
-        seq.logged_wait = said
-        other = "admit" if chosen == "wait" else "wait"
-        why_not = reason if chosen == "wait" else "it would idle in the queue"
-        seam = self.policies.admission
-        seq.cause = self.log.emit(
-            ev.Decision, seq.id, seq.cause, seam=seam.name, policy=seam.policy_name, chosen=chosen, reason=reason,
-            alternatives=(ev.Alternative(other, need.prompt, need.prompt <= view.pool.num_free, why_not), *considered),
-            num_candidates=2,
-        )  # fmt: skip
-
-    def _log_wait(self, seq: Sequence, reason: str, detail: str) -> None:
-        if seq.waiting_reason != reason:
-            seq.waiting_reason = reason
-            seq.cause = self.log.emit(ev.RequestWaiting, seq.id, seq.cause, reason=reason, detail=detail)
 
     # -------------------------------------------------------------------------------- composition
     def _compose(self, view: EngineView, offers: Offers) -> AbstractSequence[WorkItem]:
@@ -363,39 +319,19 @@ class Scheduler:
         if not items and not self.inflight:
             why = "composed nothing while nothing is in flight"
             items = seam.fall_back(lambda p: p.compose(view, offers), why, -1)
-        self._log_composition(offers, items)
-        self._log_left_out(offers, items)
+        self._journal.composition(seam, offers, items)
+        self._tell_left_out(offers, items)
         return self.policies.placement.ask(lambda p: p.place(view, items), lambda a: checked_places(a, items))
 
-    def _log_composition(self, offers: Offers, items: AbstractSequence[WorkItem]) -> None:
-        """A Decision, if there was anything to decide: an offer left out or cut, or an alternative priced."""
-        considered = self._considered.take()
-        num_offers = len(offers.running) + len(offers.waiting)
-        if not considered and len(items) == num_offers and items is offers.running:
-            return
-        tokens = {item.request: item.num_tokens for item in items}
-        left = [o for o in (*offers.running, *offers.waiting) if tokens.get(o.request, 0) < o.num_tokens]
-        if not considered and not left:
-            return
-        alternatives = [
-            ev.Alternative(f"{o.request}: {o.num_tokens} tokens", why_not=f"got {tokens.get(o.request, 0)}")
-            for o in left[: self._num_alternatives]
-        ]
-        seam = self.policies.composer
-        chosen = " ".join(f"{name}:{count}" for name, count in tokens.items())
-        self.log.emit(ev.Decision, seam=seam.name, policy=seam.policy_name, chosen=chosen, num_candidates=num_offers,
-                      alternatives=(*considered, *alternatives),
-                      reason=f"{sum(tokens.values())} of {self.limits.max_num_batched_tokens} tokens")  # fmt: skip
-
-    def _log_left_out(self, offers: Offers, items: AbstractSequence[WorkItem]) -> None:
+    def _tell_left_out(self, offers: Offers, items: AbstractSequence[WorkItem]) -> None:
         if not offers.waiting:
             return
         chosen = dict.fromkeys(item.request for item in items)
-        tokens = sum(item.num_tokens for item in items)
+        tokens = total_tokens(items)
         for offer in offers.waiting:
             if offer.request not in chosen:
-                self._log_wait(self.sequences[offer.request], "composer", f"{self.policies.composer.policy_name} gave this "
-                               f"step to others ({tokens} of {self.limits.max_num_batched_tokens} tokens)")  # fmt: skip
+                self._journal.wait(self.sequences[offer.request], "composer", f"{self.policies.composer.policy_name} gave "
+                                   f"this step to others ({tokens} of {self.limits.max_num_batched_tokens} tokens)")  # fmt: skip
 
     # -------------------------------------------------------------------------------- reservation
     def _reserve(self, view: EngineView, items: AbstractSequence[WorkItem]) -> list[InFlight]:
@@ -430,10 +366,7 @@ class Scheduler:
         candidates = [s for s in self.running.values() if s is not oldest]
         if not candidates:
             return False
-        holders = sorted(((s.id, self.memory.num_blocks_of(s.id)) for s in self.running.values()), key=lambda h: -h[1])
-        failed = self.log.emit(ev.ReserveFailed, needy.id, needy.cause, need=shortage.need, free=shortage.free,
-                               quarantined=self.memory.num_quarantined,
-                               holders=tuple(holders[: self._num_alternatives]))  # fmt: skip
+        failed = self._journal.shortage(needy, shortage, list(self.running.values()))
         victim, decision = self._choose_victim(view, needy, candidates, failed)
         planned.pop(victim.id, None)
         self._preempt(view, victim, needy, decision)
@@ -441,41 +374,25 @@ class Scheduler:
 
     def _choose_victim(self, view: EngineView, needy: Sequence, candidates: list[Sequence], cause: int
                        ) -> tuple[Sequence, int]:  # fmt: skip
-        views = [self._request_view(s) for s in candidates]
-        wanting = self._request_view(needy)
+        views = [self._viewer.request(s) for s in candidates]
+        wanting = self._viewer.request(needy)
         seam = self.policies.victim
         scores = seam.ask(lambda p: [checked_key(p.score(view, v, wanting)) for v in views], unchecked, cause)
         order = sorted(range(len(views)), key=lambda i: (scores[i], -views[i].arrival, -views[i].number))
-        options = [self._victim_option(views[i], scores[i]) for i in order[: 1 + self._num_alternatives]]
-        chosen = candidates[order[0]]
-        decision = self.log.emit(
-            ev.Decision, chosen.id, cause, seam=seam.name, policy=seam.policy_name, chosen=chosen.id,
-            alternatives=(*options[1:], *self._considered.take()), predicted=options[0].predicted, num_candidates=len(candidates),
-            reason=f"{needy.id} needs a block; smallest score {_said(scores[order[0]])}",
-        )  # fmt: skip
-        return chosen, decision
-
-    def _victim_option(self, view: RequestView, score: tuple[object, ...]) -> ev.Alternative:
-        again = WorkItem(view.id, Span(0, max(1, view.num_computed_tokens)))
-        return ev.Alternative(view.id, _shown(score), predicted=self._cost.step([again]))
+        decision = self._journal.victim(seam, needy.id, [(views[i], scores[i]) for i in order], cause)
+        return candidates[order[0]], decision
 
     def _preempt(self, view: EngineView, victim: Sequence, needy: Sequence, cause: int) -> None:
         mode = self._choose_tier(view, victim, cause)
-        until, num_blocks = self._inflight_step(victim), self.memory.num_blocks_of(victim.id)
-        tokens = victim.num_computed_tokens
-        swap = mode == "swap"
-        victim.cause = self.log.emit(
-            ev.RequestPreempted, victim.id, cause, mode=mode, tokens_lost=0 if swap else tokens,
-            beneficiary=needy.id, num_blocks=num_blocks,
-        )  # fmt: skip
-        if swap:
+        until = self._inflight_step(victim)
+        self._journal.preempted(victim, mode, needy.id, cause)
+        if mode == "swap":
             moved = self.memory.swap_out(victim, victim.cause, until)
-            self.log.emit(ev.KVMoved, victim.id, victim.cause, bytes=moved * self._cost.block_bytes(),
-                          src="device", dst="host", num_blocks=moved)  # fmt: skip
+            self._journal.moved(victim, moved, "device", "host")
             victim.status = Status.SWAPPED
         else:
             self.memory.release(victim, victim.cause, until)
-            self.log.emit(ev.KVDropped, victim.id, victim.cause, num_tokens=tokens)
+            self.log.emit(ev.KVDropped, victim.id, victim.cause, num_tokens=victim.num_computed_tokens)
             victim.status, victim.num_computed_tokens = Status.PREEMPTED, 0
         victim.epoch += 1
         victim.num_preemptions += 1
@@ -486,22 +403,16 @@ class Scheduler:
     def _choose_tier(self, view: EngineView, victim: Sequence, cause: int) -> str:
         seam = self.policies.tiering
         num_blocks = self.memory.num_blocks_of(victim.id)
-        again = WorkItem(victim.id, Span(0, max(1, victim.num_computed_tokens)))
         both_ways = self._cost.swap(2 * num_blocks)
         room = self.memory.can_swap_out(victim) and victim.num_computed_tokens > 0
         options = (
-            TierOption("recompute", self._cost.step([again]), True),
+            TierOption("recompute", self._journal.cost_of_recompute(victim.id, victim.num_computed_tokens), True),
             TierOption("swap", both_ways, room, "" if room else f"{self.memory.host.num_free} host blocks are free"),
         )
         feasible = [o.mode for o in options if o.feasible]
-        request = self._request_view(victim)
+        request = self._viewer.request(victim)
         mode = seam.ask(lambda p: p.choose(view, request, options), lambda a: checked_mode(a, feasible), cause)
-        self.log.emit(
-            ev.Decision, victim.id, cause, seam=seam.name, policy=seam.policy_name, chosen=mode, num_candidates=2,
-            predicted=next(o.predicted for o in options if o.mode == mode), reason=count(num_blocks, "block"),
-            alternatives=(*(ev.Alternative(o.mode, o.predicted.seconds, o.feasible, o.why_not, o.predicted)
-                            for o in options if o.mode != mode), *self._considered.take()),
-        )  # fmt: skip
+        self._journal.tier(seam, victim, mode, options, cause)
         return mode
 
     def _start(self, seq: Sequence, item: WorkItem, planned: dict[str, InFlight]) -> None:
@@ -509,9 +420,10 @@ class Scheduler:
         swapped = seq.status is Status.SWAPPED
         got = self._start_memory(seq, item)
         if isinstance(got, Shortage):
-            self._log_wait(seq, "memory", f"needs {got.need} blocks, {got.free} are free")
+            self._journal.wait(seq, "memory", f"needs {got.need} blocks, {got.free} are free")
             return
-        ordering = self._log_ordering(seq)
+        head = self.waiting.head(self._num_compared)
+        ordering = self._journal.ordering(self.policies.ordering, seq, head, len(self.waiting))
         self.waiting.remove(seq)
         seq.status, seq.waiting_reason, seq.logged_wait = RUNNING, "", ""
         self.running[seq.id] = seq
@@ -519,8 +431,7 @@ class Scheduler:
             num_blocks = self.memory.num_blocks_of(seq.id)
             seq.cause = self.log.emit(ev.RequestResumed, seq.id, ordering, num_tokens=seq.num_computed_tokens,
                                       num_blocks=num_blocks)  # fmt: skip
-            self.log.emit(ev.KVMoved, seq.id, seq.cause, bytes=num_blocks * self._cost.block_bytes(),
-                          src="host", dst="device", num_blocks=num_blocks)  # fmt: skip
+            self._journal.moved(seq, num_blocks, "host", "device")
             start = seq.num_computed_tokens
         else:
             start = seq.num_cached_tokens = got.num_cached_tokens
@@ -530,7 +441,7 @@ class Scheduler:
                                       source=got.source)  # fmt: skip
         whole = WorkItem(seq.id, Span(start, seq.num_tokens), device=item.device, lane=item.lane)
         planned[seq.id] = InFlight(seq, whole.shortened(got.stop - start), seq.epoch)
-        self._dirty[seq.request.number] = seq
+        self.hash.touch(seq)
 
     def _start_memory(self, seq: Sequence, item: WorkItem) -> Reserved | Shortage:
         if seq.status is Status.SWAPPED:
@@ -539,18 +450,6 @@ class Scheduler:
         if parent is not None and seq.num_tokens == seq.num_prompt_tokens <= parent.num_computed_tokens:
             return self.memory.fork(parent, seq, seq.cause)
         return self.memory.start(seq, item.num_tokens, seq.cause)
-
-    def _log_ordering(self, seq: Sequence) -> int:
-        """The Decision that put `seq` before the rest of the queue."""
-        seam = self.policies.ordering
-        rest = [s for s in self.waiting.head(2 + self._num_alternatives) if s is not seq]
-        if not rest:
-            return seq.cause
-        return self.log.emit(
-            ev.Decision, seq.id, seq.cause, seam=seam.name, policy=seam.policy_name, chosen=seq.id,
-            alternatives=tuple(ev.Alternative(s.id, _shown(s.key)) for s in rest[: self._num_alternatives]),
-            reason=f"smallest key {_said(seq.key)}", num_candidates=len(self.waiting),
-        )  # fmt: skip
 
     # ---------------------------------------------------------------------------------- collecting
     def commit(self, result: StepResult) -> list[Update]:
@@ -564,15 +463,20 @@ class Scheduler:
             if update is not None:
                 updates.append(update)
         self.memory.collected(result.step)
-        self._log_finish(result, plan, total_tokens([flight.item for flight in flights]))
+        self._close(result, plan, total_tokens([flight.item for flight in flights]))
         return updates
+
+    def _close(self, result: StepResult, plan: int, num_tokens: int) -> None:
+        foldable = self.log.wants(ev.StepPlanned)  # without plans in the log nobody can check the hash
+        state_hash = self.hash.settle() if foldable else self.hash.forget()
+        self._journal.finished(result, plan, num_tokens, state_hash, len(self.running), len(self.waiting))
 
     def _commit_item(self, flight: InFlight, result: ItemResult, plan: int) -> Update | None:
         seq, item = flight.seq, flight.item
         seq.num_pending -= item.emit == "sample"
         if seq.status is FINISHED:
             return None
-        self._dirty[seq.request.number] = seq
+        self.hash.touch(seq)
         seq.cause = plan if plan >= 0 else seq.cause
         if result.error is not None:
             self._finish(seq, "error", result.error)
@@ -605,36 +509,7 @@ class Scheduler:
             self._finish(seq, reason)
         return Update(request.id, accepted, result, reason)
 
-    def _log_finish(self, result: StepResult, plan: int, num_tokens: int) -> None:
-        foldable = self.log.wants(ev.StepPlanned)
-        if not foldable:
-            self._dirty.clear()
-        if not self.log.wants(ev.StepFinished):
-            return
-        pool = self.memory.pool
-        self.log.emit(
-            ev.StepFinished, cause=plan, plan=plan, results=result.results, measured=result.durations,
-            state_hash=self.settle_hash() if foldable else 0, blocks_hash=self.memory.blocks_hash,
-            num_tokens=num_tokens, num_running=len(self.running), num_waiting=len(self.waiting),
-            used_blocks=pool.num_blocks - pool.num_free,
-        )  # fmt: skip
-
     # --------------------------------------------------------------------------- views and checks
-    def settle_hash(self) -> int:
-        """The state hash, brought up to date for the requests that changed since the last call."""
-        known, value = self._fingerprints, self.state_hash
-        for number, seq in self._dirty.items():
-            finished, tokens = seq.status is FINISHED, seq.token_ids
-            computed = 0 if finished else seq.num_computed_tokens
-            new = request_fingerprint(number, seq.status, len(tokens), computed, tokens[-1])
-            value ^= known.get(number, 0) ^ new
-            known[number] = new
-            if finished:
-                del known[number]
-        self._dirty.clear()
-        self.state_hash = value
-        return value
-
     def problems(self) -> list[str]:
         """Contradictions anywhere in the core's state; empty means sound."""
         found = self.memory.problems(self.sequences)
@@ -648,36 +523,6 @@ class Scheduler:
             found.append("a live request is neither running nor queued")
         return found
 
-    def _view(self, now: float) -> EngineView:
-        show = self._request_view
-        return EngineView(
-            now, self.next_step, tuple([show(seq) for seq in self.waiting.head(self._view_cap)]), len(self.waiting),
-            tuple([show(seq) for seq in self.running.values()]), self._pool_view(), self.limits, self._considered.consider,
-        )  # fmt: skip
-
-    def _pool_view(self) -> PoolView:
-        pool, host = self.memory.pool, self.memory.host
-        return PoolView(pool.num_blocks, pool.num_free, self.memory.num_quarantined, host.num_blocks, host.num_free,
-                        self.memory.block_size)  # fmt: skip
-
-    def _request_view(self, seq: Sequence, num_cached_tokens: int | None = None) -> RequestView:
-        request = seq.request
-        return RequestView(
-            request.id, request.number, request.arrival, request.priority, seq.status, seq.num_prompt_tokens,
-            len(seq.token_ids) + seq.num_pending, seq.num_computed_tokens,
-            seq.num_cached_tokens if num_cached_tokens is None else num_cached_tokens,
-            self.memory.num_blocks_of(request.id), seq.num_preemptions, request,
-        )  # fmt: skip
-
-
-def _shown(key: tuple[object, ...]) -> float | str:
-    """A key as a Decision shows it: the number itself, or its parts as text."""
-    if len(key) == 1 and isinstance(key[0], (int, float)):
-        return float(key[0])
-    return ", ".join(f"{part:g}" if isinstance(part, (int, float)) else str(part) for part in key)
-
-
-def _said(key: tuple[object, ...]) -> str:
-    """A key in a sentence."""
-    shown = _shown(key)
-    return f"{shown:.6g}" if isinstance(shown, float) else shown
+    def _look(self, now: float) -> EngineView:
+        return self._viewer.engine(now, self.next_step, self.waiting.head(self._viewer.cap), len(self.waiting),
+                                   self.running.values())  # fmt: skip

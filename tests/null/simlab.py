@@ -120,7 +120,7 @@ class Watch:
             assert not isinstance(event, ev.InvariantViolated), event
         scheduler, state = self.engine.scheduler, self.state
         assert scheduler.problems() == []
-        assert scheduler.settle_hash() == state.state_hash
+        assert scheduler.hash.settle() == state.state_hash
         self._compare_requests()
         if self.engine.log.level >= 3:
             assert scheduler.memory.fingerprint() == scheduler.memory.blocks_hash == state.blocks_hash

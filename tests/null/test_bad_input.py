@@ -229,4 +229,4 @@ def test_every_log_level_serves_the_same_tokens(log_level: int) -> None:
     for name, spec in specs(engine).items():
         assert done[name].outputs[0].token_ids == expected_tokens(engine, spec)
     assert max(type(e).LEVEL for e in engine.log) <= log_level
-    assert not engine.scheduler._dirty and not engine.scheduler.sequences
+    assert not engine.scheduler.hash.touched and not engine.scheduler.sequences
