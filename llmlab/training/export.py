@@ -22,7 +22,8 @@ from llmlab.training.pretrain import Plan, Progress, Training
 
 ROLES = {"lab-xs": "The smallest lab model: a draft for speculation, an edge model, the small end of a router.",
          "lab-s": "The default lab model of lessons and of the tour.",
-         "lab-m": "The largest lab model of this release, for reasoning and for tensor parallelism."}
+         "lab-m": "The largest lab model of this release, for reasoning and for tensor parallelism.",
+         "lab-moe": "A mixture of experts (8 a layer, each token takes 2), for studies of expert offload."}
 
 
 def write_model(shape: Shape, weights: dict[str, Tensor], directory: Path) -> None:
@@ -60,7 +61,7 @@ def _card(plan: Plan, done: Progress, shape: Shape, log: dict[str, float], machi
     return Card(
         name=plan.name, role=ROLES[plan.name], parameters=shape.num_params,
         shape={"hidden": shape.hidden_size, "layers": shape.num_layers, "heads": shape.num_heads,
-               "kv_heads": shape.num_kv_heads, "feed_forward": shape.intermediate_size, "vocabulary": shape.vocab_size},
+               "kv_heads": shape.num_kv_heads, "feed_forward": shape.intermediate_size, "vocabulary": shape.vocab_size, **({"experts": shape.num_experts, "top_k": shape.top_k} if shape.num_experts else {})},
         seed=plan.seed, steps=done.step, tokens=done.tokens, learned_tokens=done.learned_tokens,
         minutes=round(log["seconds"] / 60, 1), loss=log["loss"], machine=machine, recipe=_recipe(plan),
         phases=_phases(plan, done),

@@ -38,7 +38,7 @@ class Cell:
 
 CELLS = (
     Cell("arith", 1, "fast", "greedy", 32, {}),
-    Cell("arith", 1, "slow", "greedy", 64, {"lab-xs": 0.30, "lab-s": 0.85, "lab-m": 0.90}),
+    Cell("arith", 1, "slow", "greedy", 64, {"lab-xs": 0.30, "lab-s": 0.85, "lab-m": 0.90, "lab-moe": 0.50}),
     Cell("arith", 1, None, "greedy", 64, {"lab-s": 0.80, "lab-m": 0.85}),
     Cell("arith", 2, "fast", "greedy", 64, {}),
     Cell("arith", 2, "slow", "greedy", 144, {"lab-s": 0.50, "lab-m": 0.70}),

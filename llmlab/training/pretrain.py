@@ -26,8 +26,8 @@ from llmlab.training.data import Batch, Source
 from llmlab.training.lab_tokenizer import build
 from llmlab.training.net import LabLlama, shape_of
 
-LEARNING_RATES = {"lab-xs": 3e-3, "lab-s": 2e-3, "lab-m": 1.2e-3}
-FOCUS_FROM_POOL = {"lab-xs": 22, "lab-s": 19, "lab-m": 5}
+LEARNING_RATES = {"lab-xs": 3e-3, "lab-s": 2e-3, "lab-m": 1.2e-3, "lab-moe": 1.2e-3}
+FOCUS_FROM_POOL = {"lab-xs": 22, "lab-s": 19, "lab-m": 5, "lab-moe": 5}
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,8 +102,7 @@ def _last_logits(model: LabLlama, ids: Tensor, cache: _Cache) -> Tensor:
     for i, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         x = x + block.out(_attend(block, block.qkv(block.norm1(x)), cos, sin, mask, cache, i))
-        gate, up = block.gate_up(block.norm2(x)).chunk(2, -1)
-        x = x + block.down(F.silu(gate) * up)
+        x = x + block.mlp(block.norm2(x))
     cache.used = end
     return F.linear(model.norm(x[:, -1]), model.embed.weight)
 

@@ -13,12 +13,13 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from llmlab import tasks
 from llmlab.training import cards, export, lab_tokenizer
 from llmlab.training.data import BROAD, FOCUS, Source, demonstrate, encode
 from llmlab.training.gates import CELLS, Answerer, measure, problems
-from llmlab.training.net import SHAPES, LabLlama, Shape, from_llama, shape_of, to_llama
+from llmlab.training.net import SHAPES, Experts, LabLlama, Shape, from_llama, shape_of, to_llama
 from llmlab.training.pretrain import Plan, Training, batches
 
 MODELS = Path(__file__).parents[2] / "datasets" / "models"
@@ -85,23 +86,38 @@ def test_the_chat_template_makes_the_prompt_of_the_chat_suite(tiny_directory: Pa
 # --- the model ---
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
-def test_logits_equal_those_of_transformers(name: str) -> None:
+def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     shape = shape_of(name)
     torch.manual_seed(1)
     mine = LabLlama(shape)
     for p in mine.parameters():
         torch.nn.init.normal_(p, std=0.08) if p.ndim > 1 else torch.nn.init.uniform_(p, 0.5, 1.5)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape.llama_config()))
-    missing = theirs.load_state_dict(to_llama(mine), strict=False)
-    assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
+    export.write_model(shape, to_llama(mine), tmp_path)
+    written = from_llama(shape, load_file(str(tmp_path / "model.safetensors")))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ids = torch.randint(0, 512, (2, 70))
-    torch.testing.assert_close(mine(ids), theirs(ids).logits, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(written(ids), theirs(ids).logits, rtol=1e-4, atol=2e-4)
     assert shape.num_params == sum(p.numel() for p in mine.parameters())
 
 
-def test_llama_names_change_both_ways_without_loss() -> None:
-    model = LabLlama(TINY)
-    again = from_llama(TINY, to_llama(model))
+def test_experts_are_a_weighted_sum_over_the_chosen_ones() -> None:
+    shape = Shape(32, 1, 1, 1, 16, num_experts=4, top_k=2)
+    experts, x = Experts(shape), torch.randn(9, 32)
+    for p in experts.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    expected = []
+    for row in x:
+        scores = experts.router(row).softmax(-1).topk(2)
+        share = scores.values / scores.values.sum()
+        expected.append(sum(w * experts._expert(int(i), row[None])[0] for w, i in zip(share, scores.indices, strict=True)))
+    torch.testing.assert_close(experts(x), torch.stack(expected))
+    assert 1.0 <= experts.imbalance.item() <= 2.0
+
+
+@pytest.mark.parametrize("shape", [TINY, shape_of("lab-moe")], ids=["dense", "experts"])
+def test_llama_names_change_both_ways_without_loss(shape: Shape) -> None:
+    model = LabLlama(shape)
+    again = from_llama(shape, to_llama(model))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -121,7 +137,7 @@ def test_the_loss_looks_at_learned_tokens_only() -> None:
 
 
 def test_an_unknown_model_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="choose one of lab-xs, lab-s, lab-m"):
+    with pytest.raises(ValueError, match="choose one of lab-xs, lab-s, lab-m, lab-moe"):
         shape_of("lab-q")
 
 
