@@ -1,0 +1,116 @@
+"""Where a lesson's output goes: the cells of a notebook, a terminal, or a list that somebody collects."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
+
+Kind = Literal["markdown", "text", "html", "picture"]
+_COLLECTED: ContextVar[list[Shown] | None] = ContextVar("llmlab_teaching_collected", default=None)
+
+
+class Shown(NamedTuple):
+    """One piece of output: Markdown, plain text, HTML, or the SVG of a picture with its title as `alt`."""
+
+    kind: Kind
+    content: str
+    alt: str = ""
+
+    @property
+    def as_html(self) -> str:
+        """For a notebook. A picture is an image of its own, so that the ids of two of them cannot clash."""
+        if self.kind == "picture":
+            data = base64.b64encode(self.content.encode()).decode()
+            return f'<img style="max-width:100%" alt="{html.escape(self.alt)}" src="data:image/svg+xml;base64,{data}">'
+        return self.content if self.kind == "html" else f'<pre style="white-space:pre-wrap">{html.escape(self.content)}</pre>'
+
+    @property
+    def as_text(self) -> str:
+        """For a terminal."""
+        return f"[picture] {self.alt}" if self.kind == "picture" else self.content
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this. IPython is looked at only if somebody has loaded it."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and getattr(shell, "kernel", None) is not None
+
+
+@contextmanager
+def collecting() -> Iterator[list[Shown]]:
+    """Collect what a lesson shows instead of showing it."""
+    shown: list[Shown] = []
+    token = _COLLECTED.set(shown)
+    try:
+        yield shown
+    finally:
+        _COLLECTED.reset(token)
+
+
+def say(text: str) -> None:
+    """Markdown: a sentence with numbers that this cell computed."""
+    _emit(Shown("markdown", text))
+
+
+def show(*things: Any) -> None:
+    """Charts as pictures, verdicts and explanations in their own form, everything else as text."""
+    for thing in things:
+        _emit(shown(thing))
+
+
+def shown(thing: Any) -> Shown:
+    """How a thing is shown. A chart is drawn here, without a browser or a network."""
+    if isinstance(thing, Shown):
+        return thing
+    if hasattr(thing, "to_dict") and hasattr(thing, "properties"):  # any kind of altair chart
+        return _picture(thing.to_dict())
+    return Shown("text", thing if isinstance(thing, str) else str(thing))
+
+
+def _picture(spec: dict[str, Any]) -> Shown:
+    import vl_convert
+
+    title = spec.get("title", {})
+    words = title.get("text", "") if isinstance(title, dict) else title
+    alt = words if isinstance(words, str) else " ".join(words)
+    return Shown("picture", vl_convert.vegalite_to_svg(json.dumps(spec)), alt)
+
+
+def _emit(one: Shown) -> None:
+    collected = _COLLECTED.get()
+    if collected is not None:
+        collected.append(one)
+    elif in_notebook():
+        _display(one)
+    else:
+        print(one.as_text)
+
+
+def _display(one: Shown) -> None:
+    if one.kind == "text":
+        print(one.content)
+        return
+    from IPython import display
+
+    ipython: Any = display  # its functions carry no types
+    put(ipython.Markdown(one.content) if one.kind == "markdown" else ipython.HTML(one.as_html))
+
+
+def put(widget: Any) -> None:
+    """Put a widget into the output of the cell that runs."""
+    from IPython import display
+
+    ipython: Any = display
+    ipython.display(widget)
+
+
+def is_collected() -> bool:
+    """Whether output is being collected, so that nobody can be asked."""
+    return _COLLECTED.get() is not None
