@@ -64,7 +64,7 @@ def steps(engine: Engine, count: int) -> Iterator[StepCost]:
         plan = scheduler.schedule(engine.clock.now())
         planned = now()
         assert plan is not None
-        result = engine.executor.submit(engine._batch(plan)).result()
+        result = engine.executor.submit(engine.batch_of(plan)).result()
         submitted = now()
         scheduler.commit(result)
         yield StepCost(1e6 * (planned - began), 1e6 * (now() - submitted))

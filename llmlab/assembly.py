@@ -72,7 +72,7 @@ class Backend(NamedTuple):
     """A model and the machine that it runs on, before any request."""
 
     model: ModelFacts
-    cost: CostModel
+    cost: RooflineCost
     hardware: hw.Hardware
     tokenizer: Any
     loaded: LoadedModel | None
@@ -200,7 +200,7 @@ def _torch_backend(config: EngineConfig) -> Backend:
         warn_if_foreign(find_profile(machine.name), shape, here)
     facts = ModelFacts(loaded.name, shape.vocab_size, loaded.max_model_len, loaded.eos_token_ids, shape)
     tokenizer = loaded.tokenizer if hasattr(loaded.tokenizer, "vocab_size") else None
-    cost = RooflineCost(shape, machine.name, config.block_size, precision)
+    cost = RooflineCost(shape, machine.name, config.block_size, precision, _host(config))
     return Backend(facts, cost, machine, tokenizer, loaded, threads.why, shape.kv_bytes_per_token(precision), precision)
 
 
@@ -234,7 +234,7 @@ def _sim_backend(config: EngineConfig) -> Backend:
     if is_profile(machine.name) and dtype != own:
         raise ConfigError("dtype", config.dtype, f"the profile {machine.name} was measured in {own}",
                           "Leave dtype out, or measure a profile in that format.")  # fmt: skip
-    cost = RooflineCost(shape, machine.name, config.block_size, dtype)
+    cost = RooflineCost(shape, machine.name, config.block_size, dtype, _host(config))
     facts = ModelFacts(shape.name, shape.vocab_size, config.max_model_len or 1 << 20, (shape.vocab_size - 1,), shape)
     return Backend(facts, cost, machine, None, None, "", shape.kv_bytes_per_token(dtype), dtype)
 
@@ -260,6 +260,19 @@ def _hardware(name: str) -> hw.Hardware:
         raise ConfigError("hardware", name, str(error), f"Known: {', '.join(hw.names())}.") from None
 
 
+def _host(config: EngineConfig) -> hw.Hardware | None:
+    """The CPU beside the device, as it was named."""
+    if config.host is None:
+        return None
+    try:
+        found = hw.get(config.host)
+    except RooflineError as error:
+        raise ConfigError("host", config.host, str(error), f"Known: {', '.join(hw.names())}.") from None
+    if found.kind != "cpu":
+        raise ConfigError("host", config.host, "is no CPU", "Name the CPU beside the device, such as 'xeon-6130-2s'.")
+    return found
+
+
 def _default_num_blocks(config: EngineConfig, backend: Backend) -> int:
     per_block = backend.bytes_per_token * config.block_size
     if backend.loaded is not None:
@@ -276,7 +289,8 @@ def _default_num_blocks(config: EngineConfig, backend: Backend) -> int:
 def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: int, num_host_blocks: int) -> Executor:
     if backend.loaded is None:
         tokens = PseudoTokens(backend.model.vocab_size, config.seed)
-        return SimExecutor(wall_cost(backend.cost, config.overlap_depth), tokens, clock, {"device": backend.hardware.name})
+        cost = wall_cost(backend.cost, config.overlap_depth)
+        return SimExecutor(cost, tokens, clock, {"device": backend.hardware.name}, config.block_size)
     from llmlab.execution.torch_executor import TorchExecutor
 
     return TorchExecutor(backend.loaded, num_blocks, num_host_blocks, config.block_size, config.seed,

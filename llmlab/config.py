@@ -18,12 +18,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     Sizes are in tokens, blocks or requests; times in seconds. `num_blocks=None` sizes the KV pool from
     memory; `num_host_blocks=None` makes the host tier as large as the pool. `overlap_depth=1` plans the next
-    step while the previous one runs. Raises ConfigError.
+    step while the previous one runs. `host` names the CPU beside the device, for the cost of what is placed there.
+    Raises ConfigError.
     """
 
     model: str = "lab-s"
     executor: Literal["torch", "sim"] = "torch"
     hardware: str | None = None
+    host: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kernels: Literal["auto", "torch", "numba"] = "auto"

@@ -176,7 +176,7 @@ class Engine:
         plan = self.scheduler.schedule(self.clock.now())
         if plan is not None:
             self._schedule_seconds[plan.step] = time.perf_counter() - began
-            self._inflight.append((plan, self.executor.submit(self._batch(plan))))
+            self._inflight.append((plan, self.executor.submit(self.batch_of(plan))))
         if self._inflight and (plan is None or len(self._inflight) > self.config.overlap_depth):
             return self._collect()
         if plan is None and not self._inflight:
@@ -196,7 +196,8 @@ class Engine:
             self.log.emit(ev.InvariantViolated, what=f"nothing can run although {stuck} are unfinished")
             raise RuntimeError(f"llmlab cannot make progress; unfinished: {stuck}. This is a bug: please report the trace.")
 
-    def _batch(self, plan: StepPlan) -> StepBatch:
+    def batch_of(self, plan: StepPlan) -> StepBatch:
+        """A plan as the executor gets it, with what has to be forgotten before it."""
         tables, sequences = self.scheduler.memory.tables, self.scheduler.sequences
         size = self.config.block_size
         rows = tuple(row_of(i, sequences[i.request].request, tables[i.request].block_ids, size) for i in plan.items)

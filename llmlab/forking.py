@@ -80,14 +80,6 @@ class Outside:
                 engine.scheduler.finish(name, event.reason, event.detail)
 
 
-class ResumedExecutor(SimExecutor):
-    """A simulated executor that is busy until the steps in flight at the fork are done."""
-
-    def __init__(self, busy_until: float, *parts: Any) -> None:
-        super().__init__(*parts)
-        self._busy_until = busy_until
-
-
 def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes: Any) -> list[ev.Event]:
     """The events of a fork of `run` right after step `at`. `changes`: seams of EngineConfig (objects or names).
 
@@ -104,13 +96,14 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     clock = ReplayClock()
     scheduler = recorded_scheduler(run, clock, **(recorded or {}))
     scheduler.log.append(_forked_start(run, at, changes))
-    position = _replay_until(run, scheduler, clock, at)
-    _prove(run, scheduler, position, at)
     config = recorded_config(run, **{**(recorded or {}), **changes})
+    engine = _engine(run, config, scheduler, clock)
+    position = _replay_until(run, scheduler, clock, at, _Memory(run, engine))
+    _prove(run, scheduler, position, at)
     scheduler.adopt(policies_of(config, scheduler.log), clock.now())
     scheduler.memory.pool.choose = eviction_chooser(config, scheduler.log)
     flying = _in_flight(run, scheduler, position)
-    engine = _engine(run, config, scheduler, clock, max((done.t for done in flying), default=0.0))
+    engine.executor.occupy(max((done.t for done in flying), default=0.0))  # type: ignore[attr-defined]
     _continue(run, engine, position, flying)
     return list(scheduler.log)
 
@@ -123,7 +116,25 @@ def _forked_start(run: Run, at: int, changes: Mapping[str, Any]) -> ev.RunStarte
     return msgspec.structs.replace(run.started, seq=0, mode="simulated", config=config)
 
 
-def _replay_until(run: Run, scheduler: Scheduler, clock: ReplayClock, at: int) -> int:
+class _Memory:
+    """Tells the fork's executor of recorded steps that may have left something running: copies, attention on the host.
+    A measured run's steps ended with all they had begun."""
+
+    def __init__(self, run: Run, engine: Engine) -> None:
+        self._ends = {e.step: e.t for e in run.log_events if isinstance(e, ev.StepFinished)}
+        self._engine = engine
+        self._simulated = run.mode == "simulated"
+        self._busy_until = 0.0
+
+    def planned(self, event: ev.StepPlanned) -> None:
+        plan = StepPlan(event.step, event.items, event.moves)
+        if self._simulated and (plan.moves or "cpu" in [item.device for item in plan.items]):
+            self._engine.executor.resume(self._engine.batch_of(plan), self._busy_until)  # type: ignore[attr-defined]
+        if plan.items or plan.moves:
+            self._busy_until = max(self._busy_until, self._ends.get(event.step, 0.0))
+
+
+def _replay_until(run: Run, scheduler: Scheduler, clock: ReplayClock, at: int, memory: _Memory) -> int:
     """Feed recorded inputs up to StepFinished(at); the index of the event behind it."""
     for index, event in enumerate(run.log_events):
         clock.t = event.t
@@ -132,6 +143,8 @@ def _replay_until(run: Run, scheduler: Scheduler, clock: ReplayClock, at: int) -
         except Exception as error:  # it went another way, and chokes on results that are not for its plans
             _prove(run, scheduler, index, at)
             raise _irreproducible(at, error) from error
+        if isinstance(event, ev.StepPlanned):
+            memory.planned(event)
         if isinstance(event, ev.RequestRefused):
             scheduler.log.emit(ev.RequestRefused, event.request, reason=event.reason)
         if isinstance(event, ev.StepFinished) and event.step == at:
@@ -161,13 +174,14 @@ def _in_flight(run: Run, scheduler: Scheduler, position: int) -> list[ev.StepFin
     return [ends[step] for step in sorted(scheduler.inflight)]
 
 
-def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayClock, busy_until: float) -> Engine:
+def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayClock) -> Engine:
     model = run.started.model
     shape = Shape(**model["shape"])
     device = run.started.hardware["name"]
-    cost = RooflineCost(shape, device, config.block_size, model["precision"])
+    cost = RooflineCost(shape, device, config.block_size, model["precision"], config.host)
     wall = wall_cost(cost, config.overlap_depth)
-    executor = ResumedExecutor(busy_until, wall, RecordedTokens(run, shape.vocab_size), clock, {"device": device})
+    tokens = RecordedTokens(run, shape.vocab_size)
+    executor = SimExecutor(wall, tokens, clock, {"device": device}, config.block_size)
     facts = ModelFacts(
         model["name"], shape.vocab_size, scheduler.limits.max_model_len, tuple(model["eos_token_ids"]), shape
     )

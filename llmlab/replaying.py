@@ -39,7 +39,7 @@ def recorded_scheduler(run: Run, clock: ReplayClock, **overrides: Any) -> Schedu
     if "shape" not in started.model or config.num_blocks is None or config.num_host_blocks is None:
         raise TraceError("trace", "RunStarted", "does not say which model and pool it used", "Record it anew.")
     cost = RooflineCost(Shape(**started.model["shape"]), started.hardware["name"], config.block_size,
-                        started.model["precision"])  # fmt: skip
+                        started.model["precision"], config.host)  # fmt: skip
     limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len or 0)
     log = EventLog(clock, config.log_level, capacity=max(1, 2 * len(run.log_events)))
     return build_scheduler(config, cost, limits, log, config.num_blocks, config.num_host_blocks)

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
-from llmlab.types import Commit, Cost, FinishReason, ItemResult, Request, Status, WorkItem
+from llmlab.types import Commit, Cost, FinishReason, ItemResult, Move, Request, Status, WorkItem
 
 Key = float | int | tuple[Any, ...]
 
@@ -249,4 +249,70 @@ class CostModel(Protocol):
 
     def block_bytes(self) -> int:
         """Bytes of KV in one block, over all layers."""
+        ...
+
+
+class Around(Protocol):
+    """Seconds of a layer's ops before its attention (norm, q/k/v, cache write) and after it (projection, feed-forward)."""
+
+    @property
+    def before(self) -> float: ...
+
+    @property
+    def after(self) -> float: ...
+
+
+class LayerCost(Protocol):
+    """The same predictions, one layer and one resource at a time: for timelines, and for placements that weigh the device
+    against the host beside it. All of one layer unless said otherwise; seconds and bytes. Pure."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def pause(self, items: Sequence[WorkItem]) -> float:
+        """What a step takes before its first op, all layers together."""
+        ...
+
+    def enter(self, num_tokens: int) -> float:
+        """The embedding of tokens that begin at the first layer."""
+        ...
+
+    def around(self, num_tokens: int, layer: int) -> Around:
+        """The linears of `num_tokens` new tokens, on the device."""
+        ...
+
+    def attention(self, items: Sequence[WorkItem]) -> float:
+        """The attention of `items` on the device."""
+        ...
+
+    def host_attention(self, items: Sequence[WorkItem]) -> float:
+        """The attention of `items` on the host's cores, their KV in the host's memory."""
+        ...
+
+    def leave(self, num_rows: int) -> float:
+        """Scores and sampling of the rows that end at the last layer."""
+        ...
+
+    def sent_bytes(self, num_tokens: int) -> float:
+        """Queries, keys and values of new tokens, on their way to the host."""
+        ...
+
+    def returned_bytes(self, num_tokens: int) -> float:
+        """What attention on the host sends back."""
+        ...
+
+    def transfer_seconds(self, num_bytes: float, link: Literal["h2d", "d2h"]) -> float: ...
+
+    def weight_bytes(self, layer: int) -> float:
+        """Weights of the layer, for placements that move or stream them."""
+        ...
+
+    def move_seconds(self, move: Move) -> float:
+        """A move of whole blocks, all layers together."""
+        ...
+
+    def move_bytes(self, move: Move) -> float: ...
+
+    def link_of(self, move: Move) -> str:
+        """The resource that a move occupies."""
         ...

@@ -172,6 +172,15 @@ class StepCost:
 
 
 @dataclass(frozen=True, slots=True)
+class AroundAttention:
+    """Seconds of one layer's ops before its attention (norm, q/k/v, rotation, cache write) and after it (output
+    projection, norm, feed-forward)."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSeconds:
     """Seconds of one layer by part, as placement policies compare them."""
 
@@ -208,6 +217,7 @@ class CostModel:
         self._set_rates()
         self._blocks: dict[tuple[int, bool, float | None], Tally] = {}
         self._edges: dict[tuple[int, int], Tally] = {}
+        self._around: dict[tuple[int, bool, float | None], AroundAttention] = {}
 
     def _bandwidth(self) -> float:
         """Main memory's bandwidth, or the cache's where it was measured and holds this device's weights."""
@@ -316,8 +326,12 @@ class CostModel:
         total.add_tally(self._edge(0, leaving(rows, self.shape.num_layers)), 1)
         return self._result(total, rows)
 
+    def pause(self, rows: Rows) -> float:
+        """Return the seconds of a step outside of its kernels."""
+        return self.efficiency.step if rows.query else 0.0
+
     def _result(self, total: Tally, rows: Rows) -> StepCost:
-        pause = self.efficiency.step if rows.query else 0.0
+        pause = self.pause(rows)
         bound = _bound(total.compute, total.memory, total.launch + pause, total.link)
         joules = total.joules + pause * self.static_watts
         n = self.tp
@@ -369,9 +383,41 @@ class CostModel:
         moe = self.shape.is_moe(layer)
         return LayerSeconds(self._block(rows.tokens, moe, rows.experts if moe else None).seconds, attention)
 
+    def around_attention(self, tokens: int, layer: int, experts: float | None = None) -> AroundAttention:
+        """Return the seconds of one layer's ops on both sides of its attention, for ``tokens`` new tokens."""
+        key = (tokens, self.shape.is_moe(layer), experts)
+        found = self._around.get(key)
+        if found is None:
+            if len(self._around) >= REMEMBERED:
+                self._around.clear()
+            ops = block_ops(self.shape, tokens, self.precision, self.tp, key[1], experts)
+            at = next(i for i, op in enumerate(ops) if op.name in ("o_proj", "absorb_v"))
+            found = self._around[key] = AroundAttention(self._sum(ops[:at]).seconds, self._sum(ops[at:]).seconds)
+        return found
+
+    def attention_seconds(self, rows: Rows) -> float:
+        """Return the seconds of one layer's attention over ``rows`` (0 for none)."""
+        if not rows.query:
+            return 0.0
+        return self.op_cost(self._attention.op(rows.tokens, sum(rows.kv), rows.total_pairs())).seconds
+
+    def edge_seconds(self, entering: int, leaving: int) -> float:
+        """Return the seconds of the embedding of ``entering`` tokens and of the scores of ``leaving`` ones."""
+        return self._edge(entering, 0).seconds + self._edge(0, leaving).seconds
+
+    def layer_weight_bytes(self, layer: int) -> float:
+        """Return the bytes of one layer's weights on one device of the group, all its experts included."""
+        experts = float(self.shape.num_experts) if self.shape.is_moe(layer) else None
+        ops = block_ops(self.shape, 1, self.precision, self.tp, self.shape.is_moe(layer), experts)
+        return sum(op.bytes_weight * op.count for op in ops)
+
     def transfer_seconds(self, num_bytes: float, link: str = "host") -> float:
         """Return the seconds to move ``num_bytes`` over one of the device's links (``host``, ``peer``, ``net``)."""
         return transfer_seconds(num_bytes, self.hardware.link(link))
+
+    def copy_seconds(self, num_bytes: float) -> float:
+        """Return the seconds of a copy within the device's memory: read and written."""
+        return self.efficiency.launch + 2 * num_bytes / self._memory["elementwise"]
 
     def kv_bytes(self, tokens: int) -> float:
         """Return the cache bytes of ``tokens`` tokens over all layers, on all devices of the group together."""

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from roofline.cost import CostModel, StepCost
+from roofline.cost import AroundAttention, CostModel, StepCost
 from roofline.errors import RooflineError, non_negative, positive
 from roofline.fit import Fit, Measurement
 from roofline.fit import fit as fit_efficiency
@@ -266,13 +266,16 @@ class ProfileCost:
         self._tokens = moved.tokens if moved else profile.tokens.at
         self._emit = moved.emit if moved else profile.emit.at
         self._attention = profile.attention.scaled(moved.attention) if moved else profile.attention
+        self._moved_attention = moved.attention if moved else 1.0
+        moe = self.shape.moe_layers()
+        self._kinds = {layer: n for layer, n in ((0, self.shape.num_layers - moe), (self.shape.num_layers - 1, moe)) if n}
         self._known: dict[tuple[int, int], float] = {}
         self._by_tokens: dict[int, float] = {}
 
     def parts(self, rows: Rows) -> dict[str, float]:
         """Return the seconds of `PARTS`."""
-        query, kv = rows.query, rows.kv
-        total = {"prepare": self.profile.prepare.at(len(query), sum(query), sum(kv)) if len(query) else 0.0}
+        query = rows.query
+        total = {"prepare": self.pause(rows)}
         tokens = attention = 0.0
         layers = self.shape.num_layers
         for part in [None] if rows.layers is None and query else segments(rows, layers):
@@ -286,6 +289,38 @@ class ProfileCost:
         base, seconds = self.roofline.step(rows), sum(self.parts(rows).values())
         joules = base.joules + (seconds - base.seconds) * self.roofline.static_watts
         return replace(base, seconds=seconds, joules=joules)
+
+    def pause(self, rows: Rows) -> float:
+        """Return the seconds of preparing a step's inputs."""
+        return self.profile.prepare.at(len(rows.query), sum(rows.query), sum(rows.kv)) if rows.query else 0.0
+
+    def around_attention(self, tokens: int, layer: int, experts: float | None = None) -> AroundAttention:
+        """Return a layer's share of the measured step, cut around its attention as the roofline would."""
+        own = self.roofline.around_attention(tokens, layer, experts)
+        layers = [self.roofline.around_attention(tokens, i, experts) for i in self._kinds]
+        whole = sum(n * (a.before + a.after) for n, a in zip(self._kinds.values(), layers))
+        share = self._token_seconds(tokens) / whole
+        return AroundAttention(share * own.before, share * own.after)
+
+    def attention_seconds(self, rows: Rows) -> float:
+        """Return the seconds of one layer's attention."""
+        return self._row_seconds(rows) / self.shape.num_layers
+
+    def host_attention_seconds(self, rows: Rows) -> float:
+        """Return the seconds of one layer's attention on the host beside the device. Raises if it was not measured."""
+        table = self.profile.cpu_attention
+        if table is None:
+            raise RooflineError(f"{self.profile.name}: attention on the host was not measured")
+        factor = self._moved_attention / self.shape.num_layers
+        return factor * sum(table.at(q, kv) for q, kv in zip(rows.query, rows.kv))
+
+    def edge_seconds(self, entering: int, leaving: int) -> float:
+        """Return the seconds of scoring and sampling ``leaving`` tokens; the embedding is part of the measured layers."""
+        return self._emit(leaving)
+
+    def copy_seconds(self, num_bytes: float) -> float:
+        """Return the seconds of a copy within the device's memory."""
+        return self.profile.copies["d2d"].at(num_bytes)
 
     def engine_seconds(self, rows: Rows) -> float:
         """Return the time of a step outside of the executor."""

@@ -34,6 +34,7 @@ _SEE = "`llmlab policies` lists them"
 ABOUT: Mapping[str, About] = {
     "model": About("Model and machine", "Shipped model, directory, hub id or shape.", ("--model", "-m")),
     "executor": About("Model and machine", "torch runs the model, sim predicts time on --hardware."),
+    "host": About("Model and machine", "The CPU beside the device, for rows that a placement sends there."),
     "hardware": About("Model and machine", "Device to simulate (t4, a100, h100, ...); of a real run: what to predict for."),
     "device": About("Model and machine", "Where torch runs."),
     "dtype": About("Model and machine", "Numbers of weights and KV; auto: the checkpoint's."),

@@ -8,19 +8,22 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import llmlab
-from llmlab.seams import CostModel
-from llmlab.types import Cost, Span, Traffic, WorkItem
+from llmlab.execution.opgraph import Pending, build
+from llmlab.execution.timelines import Timelines, busy
+from llmlab.types import Cost, Move, Span, Traffic, WorkItem
+from roofline.cost import AroundAttention, Efficiency, StepCost
 from roofline.cost import CostModel as RooflineModel
-from roofline.cost import Efficiency
 from roofline.errors import RooflineError, nearest
 from roofline.hardware import Hardware
 from roofline.hardware import get as get_hardware
+from roofline.ops import AttentionRates
 from roofline.profile import Machine, Profile, ProfileCost, read, same_sizes
 from roofline.rows import Rows
 from roofline.shapes import Shape
@@ -28,16 +31,21 @@ from roofline.shapes import Shape
 # What llmlab's executor needs for a step on a CPU whatever the step holds: Python, and the first touch of the weights.
 # Fitted by benchmarks/fidelity.py to whole steps of lab-s and of a 28M Llama on one thread of `cpu-2core`: 0.32 ms both.
 CPU_STEP_SECONDS = 3.2e-4
+DEFAULT_HOST = "xeon-6130-2s"  # the CPU beside a GPU, if nobody says which
 
 
 class RooflineCost:
     """Predicted cost of steps and swaps of one model on one device. See `seams.CostModel`.
 
-    Measured if `hardware` names a profile, else computed. Raises RooflineError.
+    Measured if `hardware` names a profile, else computed. `host`: the CPU beside the device, which attends for items that
+    were placed there (None: DEFAULT_HOST, or what the profile measured). Raises RooflineError.
     """
 
-    def __init__(self, shape: Shape, hardware: Hardware | str, block_size: int, dtype: str | None = None) -> None:
+    def __init__(self, shape: Shape, hardware: Hardware | str, block_size: int, dtype: str | None = None,
+                 host: Hardware | str | None = None) -> None:  # fmt: skip
         self.shape = shape
+        self.host = host
+        self._layers: RooflineLayers | None = None
         self.model: RooflineModel | ProfileCost
         if isinstance(hardware, str) and is_profile(hardware):
             self.model = ProfileCost(find_profile(hardware), shape, hardware)
@@ -48,7 +56,15 @@ class RooflineCost:
 
     def step(self, items: Sequence[WorkItem]) -> Cost:
         cost = self.model.step(rows_of(items, self.shape.num_layers))
+        if "cpu" in [item.device for item in items]:
+            return split_step(items, cost, self.layers())
         return Cost(cost.seconds, cost.flops, Traffic(hbm=cost.bytes_hbm), cost.joules, cost.bound)
+
+    def layers(self) -> RooflineLayers:
+        """The same cost by layer and resource, with the host that this model of cost was made with."""
+        if self._layers is None:
+            self._layers = RooflineLayers(self)
+        return self._layers
 
     def engine_seconds(self, items: Sequence[WorkItem]) -> float:
         """What the engine itself needs for such a step, as far as it was measured: planning, committing, answers."""
@@ -71,14 +87,97 @@ def efficiency_of(hardware: Hardware) -> Efficiency:
 
 
 def rows_of(items: Sequence[WorkItem], num_layers: int = 0) -> Rows:
-    """The rows of a step; items without layers pass all `num_layers`."""
+    """The rows of a step; items without layers pass all `num_layers`. 0: layers do not matter, and are left out."""
     query = [item.tokens[1] - item.tokens[0] for item in items]
     kv = [item.tokens[1] for item in items]
     logits = sum(1 for item in items if item.emit == "sample")
     layers = None
-    if any(item.layers for item in items):
+    if num_layers and any(item.layers for item in items):
         layers = [item.layers or Span(0, num_layers) for item in items]
     return Rows(query, kv, layers=layers, logits=logits)
+
+
+class RooflineLayers:
+    """See `seams.LayerCost`. `engine`: seconds of a step outside of the executor, where they were measured."""
+
+    def __init__(self, cost: RooflineCost, engine: Callable[[Sequence[WorkItem]], float] = lambda items: 0.0) -> None:
+        model = cost.model
+        self.num_layers = cost.shape.num_layers
+        self._cost, self._model, self._engine = cost, model, engine
+        self._roofline = model if isinstance(model, RooflineModel) else model.roofline
+        self._host: RooflineModel | None = None
+        act = self._roofline.precision.act_bytes
+        rates = AttentionRates.of(cost.shape, self._roofline.precision)
+        self._sent, self._returned = rates.bytes_per_token_in + cost.shape.kv_elements * act, rates.bytes_per_token_out
+
+    def pause(self, items: Sequence[WorkItem]) -> float:
+        return self._model.pause(rows_of(items)) + self._engine(items)
+
+    def enter(self, num_tokens: int) -> float:
+        return self._model.edge_seconds(num_tokens, 0)
+
+    def leave(self, num_rows: int) -> float:
+        return self._model.edge_seconds(0, num_rows)
+
+    def around(self, num_tokens: int, layer: int) -> AroundAttention:
+        return self._model.around_attention(num_tokens, layer)
+
+    def attention(self, items: Sequence[WorkItem]) -> float:
+        return self._model.attention_seconds(rows_of(items))
+
+    def host_attention(self, items: Sequence[WorkItem]) -> float:
+        rows = rows_of(items)
+        if isinstance(self._model, ProfileCost) and self._model.profile.cpu_attention is not None:
+            return self._model.host_attention_seconds(rows)
+        if self._host is None:
+            self._host = host_model(self._roofline, self._cost.host or DEFAULT_HOST)
+        return self._host.attention_seconds(rows)
+
+    def sent_bytes(self, num_tokens: int) -> float:
+        return num_tokens * self._sent
+
+    def returned_bytes(self, num_tokens: int) -> float:
+        return num_tokens * self._returned
+
+    def transfer_seconds(self, num_bytes: float, link: Literal["h2d", "d2h"]) -> float:
+        return self._model.transfer_seconds(num_bytes, link if isinstance(self._model, ProfileCost) else "host")
+
+    def weight_bytes(self, layer: int) -> float:
+        return self._roofline.layer_weight_bytes(layer)
+
+    def move_seconds(self, move: Move) -> float:
+        if move.kind != "copy":
+            return self._cost.swap(len(move.src)).seconds
+        return self._model.copy_seconds(self.move_bytes(move))
+
+    def move_bytes(self, move: Move) -> float:
+        return float(len(move.src) * self._cost.block_bytes())
+
+    def link_of(self, move: Move) -> str:
+        if move.kind == "copy" or self._cost.hardware.kind == "cpu":  # a CPU's cores copy themselves
+            return "device"
+        return "h2d" if move.kind == "swap_in" else "d2h"
+
+
+def host_model(device: RooflineModel, host: Hardware | str) -> RooflineModel:
+    """The attention of a device's model on a CPU: the device's KV format in memory, arithmetic in the CPU's widest."""
+    hardware, own = get_hardware(host), device.precision
+    widest = hardware.default_dtype
+    precision = replace(own, linear_format=widest, attention_format=widest)
+    return RooflineModel(device.shape, hardware, precision, efficiency=efficiency_of(hardware))
+
+
+def split_step(items: Sequence[WorkItem], whole: StepCost, layers: RooflineLayers) -> Cost:
+    """A step some of whose items attend on the host: the time of its ops on otherwise idle timelines. Operations and
+    bytes of memory are those of the whole model, wherever they are done."""
+    graph = build(items, (), {}, layers, Pending(), 0.0)
+    spans = Timelines().run(graph.ops, 0.0)
+    work, bytes_by = busy(spans), {"h2d": 0.0, "d2h": 0.0}
+    for op in graph.ops:
+        bytes_by[op.resource] = bytes_by.get(op.resource, 0.0) + op.num_bytes
+    seconds = max(spans[i].end for i in graph.ends)
+    return Cost(seconds, whole.flops, Traffic(hbm=whole.bytes_hbm, h2d=bytes_by["h2d"], d2h=bytes_by["d2h"]), whole.joules,
+                max(work, key=lambda name: work[name]))  # fmt: skip
 
 
 class WallCost:
@@ -88,17 +187,20 @@ class WallCost:
         self._cost = cost
         self.swap, self.block_bytes = cost.swap, cost.block_bytes
 
+    def layers(self) -> RooflineLayers:
+        """By layer and resource; the engine's time comes before the first."""
+        return RooflineLayers(self._cost, self._cost.engine_seconds)
+
     def step(self, items: Sequence[WorkItem]) -> Cost:
         cost = self._cost.step(items)
         seconds = cost.seconds + self._cost.engine_seconds(items)
         return Cost(seconds, cost.flops, cost.bytes, cost.joules, cost.bound)
 
 
-def wall_cost(cost: CostModel, overlap_depth: int) -> CostModel:
+def wall_cost(cost: RooflineCost, overlap_depth: int) -> RooflineCost | WallCost:
     """What a simulated executor takes for a step: with a measured profile also the engine's time, unless it is hidden
     behind the step before (`overlap_depth` > 0)."""
-    measured = isinstance(cost, RooflineCost) and isinstance(cost.model, ProfileCost)
-    return WallCost(cost) if measured and not overlap_depth else cost  # type: ignore[arg-type]
+    return WallCost(cost) if isinstance(cost.model, ProfileCost) and not overlap_depth else cost
 
 
 # ---------------------------------------------------------------------------------------- profiles

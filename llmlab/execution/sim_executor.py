@@ -11,8 +11,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 from llmlab import rng
 from llmlab.clock import Clock
 from llmlab.execution.base import Row, StepBatch, Ticket
-from llmlab.seams import CostModel
-from llmlab.types import Cost, Durations, ItemResult, Request, StepResult
+from llmlab.execution.opgraph import Copied, Pending, build
+from llmlab.execution.timelines import Timelines, busy
+from llmlab.seams import CostModel, LayerCost
+from llmlab.types import Durations, ItemResult, Request, ResourceSpan, StepResult
 
 
 class TokenSource(Protocol):
@@ -49,29 +51,89 @@ class SimTicket(NamedTuple):
         return self.value
 
 
+class LayeredCost(CostModel, Protocol):
+    """A cost model that also knows its steps by layer and resource."""
+
+    def layers(self) -> LayerCost: ...
+
+
 class SimExecutor:
-    """Runs plans one after the other on one simulated device."""
+    """Runs plans on simulated timelines (`llmlab.execution.timelines`), one step's arithmetic after the other's.
+
+    A step that stays on the device and moves no block is one op: `cost.step`. Any other becomes a graph of ops by layer
+    (`llmlab.execution.opgraph`). Copies to the host may go on beside later steps, which wait for the blocks that they
+    write. `block_size` in tokens.
+    """
 
     mode: Literal["measured", "simulated"] = "simulated"
 
-    def __init__(self, cost: CostModel, tokens: TokenSource, clock: Clock, description: dict[str, Any]) -> None:
+    def __init__(self, cost: LayeredCost, tokens: TokenSource, clock: Clock, description: dict[str, Any], block_size: int
+                 ) -> None:  # fmt: skip
         self._cost = cost
+        self._layers = cost.layers()
         self._tokens = tokens
         self._clock = clock
         self._description = description
+        self._block_size = block_size
         self._busy_until = 0.0
+        self._timelines = Timelines()
+        self._pending = Pending()
 
     def submit(self, batch: StepBatch) -> Ticket:
-        start = max(self._clock.now(), self._busy_until)
-        seconds = self._seconds(batch)
-        self._busy_until = start + seconds
+        now = self._clock.now()
+        for name in batch.forget:
+            self._pending.joins.pop(name, None)
+        spans, durations = self._place(batch, now)
         results = tuple(self._result(row) for row in batch.rows)
-        return SimTicket(StepResult(batch.plan.step, results, Durations(seconds)), self._busy_until, self._clock)
+        return SimTicket(StepResult(batch.plan.step, results, durations, spans), self._busy_until, self._clock)
 
-    def _seconds(self, batch: StepBatch) -> float:
-        compute = self._cost.step(batch.plan.items) if batch.plan.items else Cost(0.0)
-        swapped = sum(len(move.src) for move in batch.plan.moves if move.kind != "copy")
-        return compute.seconds + (self._cost.swap(swapped).seconds if swapped else 0.0)
+    def resume(self, batch: StepBatch, busy_until: float) -> None:
+        """Take note of a recorded step: what it left running. Those before it had ended by `busy_until`."""
+        self.occupy(busy_until)
+        self._place(batch, self._clock.now())
+
+    def occupy(self, until: float) -> None:
+        """The device is busy until then, and not longer."""
+        self._busy_until = self._timelines.free["device"] = until
+
+    def _place(self, batch: StepBatch, now: float) -> tuple[tuple[ResourceSpan, ...], Durations]:
+        """Put a step on the timelines; its arithmetic begins when that of the step before has ended."""
+        start = max(now, self._busy_until)
+        self._pending.prune(start)
+        if not self._is_plain(batch):
+            return self._place_graph(batch, now, start)
+        seconds = self._cost.step(batch.plan.items).seconds
+        self._busy_until = self._timelines.free["device"] = start + seconds
+        return (ResourceSpan("device", start, start + seconds, "step"),), Durations(seconds)
+
+    def _is_plain(self, batch: StepBatch) -> bool:
+        """Whether nothing but the device works, on one batch."""
+        if batch.plan.moves or self._pending.copies:
+            return False
+        placed = [(item.device, item.lane) for item in batch.plan.items]
+        return placed.count(("device", 0)) == len(placed)
+
+    def _place_graph(self, batch: StepBatch, now: float, start: float) -> tuple[tuple[ResourceSpan, ...], Durations]:
+        plan = batch.plan
+        writes = {row.item.request: row.block_ids[row.item.tokens[0] // self._block_size :] for row in batch.rows}
+        graph = build(plan.items, plan.moves, writes, self._layers, self._pending, now)
+        computing = {i for copied in graph.copied for i in copied.ops}
+        ops = [op if i in computing else op._replace(ready=max(op.ready, start)) for i, op in enumerate(graph.ops)]
+        spans = tuple(self._timelines.run(ops, now))
+        for item in plan.items:
+            self._pending.joins.pop(item.request, None)
+        self._pending.joins |= {request: spans[i].end for request, i in graph.joins.items()}
+        for copied in graph.copied:
+            self._remember(copied, tuple(spans[i].end for i in copied.ops))
+        self._busy_until = max([start, self._timelines.free.get("device", 0.0), *(spans[i].end for i in graph.ends)])
+        return spans, Durations(self._busy_until - start, parts=busy(spans))
+
+    def _remember(self, copied: Copied, ends: tuple[float, ...]) -> None:
+        move, pending = copied.move, self._pending
+        if move.kind == "swap_out":
+            pending.device_blocks |= dict.fromkeys(move.src, ends)
+        if move.kind != "copy":
+            pending.host_blocks |= dict.fromkeys(move.dst if move.kind == "swap_out" else move.src, ends)
 
     def _result(self, row: Row) -> ItemResult:
         if row.item.emit != "sample":
