@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from llmlab.clock import Clock, RealClock, VirtualClock
 from llmlab.config import EngineConfig
 from llmlab.decoding.autoregressive import DECODING_METHODS, TokenStop
@@ -114,7 +116,8 @@ def build_scheduler(config: EngineConfig, cost: CostModel, limits: Limits, log: 
     """A scheduler with its memory and policies; neither model nor executor is needed."""
     memory = KVManager(num_blocks, num_host_blocks, config.block_size, config.enable_prefix_caching, log,
                        eviction_chooser(config, log))  # fmt: skip
-    return Scheduler(policies_of(config, log), memory, cost, log, limits, config.view_cap, config.num_alternatives)
+    return Scheduler(policies_of(config, log), memory, cost, log, limits, config.view_cap, config.num_alternatives,
+                     lambda seam, choice: reseated(config, log, seam, choice))  # fmt: skip
 
 
 def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: Executor, effective: dict[str, Any]) -> None:
@@ -149,15 +152,24 @@ def _limits(config: EngineConfig, model: ModelFacts, num_blocks: int) -> Limits:
 
 def policies_of(config: EngineConfig, log: EventLog) -> Policies:
     """The guarded seams that a configuration asks for."""
-    def seam(name: str, default: str) -> Seam[Any]:
-        registry = REGISTRIES[name]
-        return Seam(name, registry.resolve(getattr(config, name)), registry.resolve(default), log, config.policy_timeout)
+    def seam(name: str) -> Seam[Any]:
+        return _seam(config, log, name)
 
-    return Policies(
-        seam("ordering", "fcfs"), seam("admission", "prompt_fits"), seam("composer", "chunked"),
-        seam("victim", "last_come"), seam("placement", "device_only"), seam("tiering", "recompute"),
-        seam("decoding", "autoregressive"), TokenStop(),
-    )  # fmt: skip
+    return Policies(seam("ordering"), seam("admission"), seam("composer"), seam("victim"), seam("placement"),
+                    seam("tiering"), seam("decoding"), TokenStop())  # fmt: skip
+
+
+def _seam(config: EngineConfig, log: EventLog, name: str) -> Seam[Any]:
+    """The guarded seam of one field; the default of EngineConfig decides where a plug-in fails."""
+    registry = REGISTRIES[name]
+    return Seam(name, registry.resolve(getattr(config, name)), registry.resolve(getattr(EngineConfig(), name)), log,
+                config.policy_timeout)  # fmt: skip
+
+
+def reseated(config: EngineConfig, log: EventLog, seam: str, choice: Any) -> Any:
+    """What a scheduler gets when a seam of its is to have another policy while it runs."""
+    changed = msgspec.structs.replace(config, **{seam: choice})
+    return eviction_chooser(changed, log) if seam == "eviction" else _seam(changed, log, seam)
 
 
 def eviction_chooser(config: EngineConfig, log: EventLog) -> Any:

@@ -28,6 +28,10 @@ class RealClock:
         if remaining > 0:
             time.sleep(remaining)
 
+    def leave_out(self, seconds: float) -> None:
+        """The last `seconds` do not count: the run was held on purpose (slow motion, a pause)."""
+        self._zero += seconds
+
 
 class VirtualClock:
     """Simulated time: moves only when told."""

@@ -24,7 +24,20 @@ from llmlab.execution.base import StepBatch, Ticket, row_of
 from llmlab.outputs import AnswerState, RequestOutput
 from llmlab.prompts import Prompt, checked_token_ids, token_ids_of
 from llmlab.scheduling.scheduler import Update
-from llmlab.types import FinishReason, LabError, Request, RequestError, SamplingParams, StepPlan, StepResult
+from llmlab.types import (
+    FinishReason,
+    LabError,
+    Request,
+    RequestError,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    unknown_name,
+)  # fmt: skip
+
+# What `Engine.reconfigure` may change while the engine runs.
+LIVE_FIELDS = ("ordering", "admission", "composer", "victim", "tiering", "eviction", "max_num_batched_tokens",
+               "max_num_seqs", "num_blocks")  # fmt: skip
 
 
 class Engine:
@@ -141,6 +154,16 @@ class Engine:
                 self._end(name, "abort", None)
         if request_id in self._groups:
             self._close_group(request_id)
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Change policies, budget, seats or the number of KV blocks while requests are here; it holds from the next step
+        on, and the log tells of it. Raises ConfigError for a field that is fixed, or a value that cannot be."""
+        for name in changes:
+            if name not in LIVE_FIELDS:
+                raise unknown_name("reconfigure", name, LIVE_FIELDS)
+        config = msgspec.structs.replace(self.config, **changes)
+        self.scheduler.reconfigure(changes, self.clock.now())
+        self.config, self.limits = config, self.scheduler.limits
 
     def _admit_early(self, name: str) -> None:
         """An aborted request that has not arrived yet arrives now, so that the log knows of it."""

@@ -50,18 +50,20 @@ class RecordedTokens:
 
 class Outside:
     """What came from outside in the recorded run and lies in the fork's future: stop strings happen again at the same
-    token, aborts and refusals at the same time (between the same two steps, as long as nothing else has changed)."""
+    token; aborts, refusals and changed settings (but for those that the fork has `kept`) at the same time (between the
+    same two steps, as long as nothing else has changed)."""
 
-    def __init__(self, run: Run, position: int, tokens: RecordedTokens) -> None:
+    def __init__(self, run: Run, position: int, tokens: RecordedTokens, kept: Sequence[str] = ()) -> None:
+        self._kept = kept
         self._at_token: dict[str, tuple[int, ev.FinishRequested]] = {}
-        self._at_time: deque[tuple[float, int, ev.FinishRequested | ev.RequestRefused]] = deque()
+        self._at_time: deque[tuple[float, int, ev.FinishRequested | ev.RequestRefused | ev.Reconfigured]] = deque()
         planned = 0
         for index, event in enumerate(run.log_events):
             if isinstance(event, ev.StepPlanned) and (event.items or event.moves):
                 planned = event.step + 1
             elif index >= position and isinstance(event, ev.FinishRequested) and event.reason == "stop":
                 self._at_token[event.request or ""] = tokens.length(event.request or ""), event
-            elif index >= position and isinstance(event, (ev.FinishRequested, ev.RequestRefused)):
+            elif index >= position and isinstance(event, (ev.FinishRequested, ev.RequestRefused, ev.Reconfigured)):
                 self._at_time.append((event.t, planned, event))
 
     def apply(self, engine: Engine) -> None:
@@ -70,6 +72,8 @@ class Outside:
             event = self._at_time.popleft()[2]
             if isinstance(event, ev.RequestRefused):
                 engine.log.emit(ev.RequestRefused, event.request, reason=event.reason)
+            elif isinstance(event, ev.Reconfigured):
+                engine.reconfigure(**{name: value for name, value in event.changes.items() if name not in self._kept})
             else:
                 engine._admit_early(event.request or "")  # as `Engine.abort` does
                 engine.scheduler.finish(event.request or "", event.reason, event.detail)
@@ -100,11 +104,12 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     engine = _engine(run, config, scheduler, clock)
     position = _replay_until(run, scheduler, clock, at, _Memory(run, engine))
     _prove(run, scheduler, position, at)
-    scheduler.adopt(policies_of(config, scheduler.log), clock.now())
-    scheduler.memory.pool.choose = eviction_chooser(config, scheduler.log)
+    engine.config = recorded_config(run, **{**(recorded or {}), **_turned(run, position), **changes})
+    scheduler.adopt(policies_of(engine.config, scheduler.log), clock.now())
+    scheduler.memory.pool.choose = eviction_chooser(engine.config, scheduler.log)
     flying = _in_flight(run, scheduler, position)
     engine.executor.occupy(max((done.t for done in flying), default=0.0))  # type: ignore[attr-defined]
-    _continue(run, engine, position, flying)
+    _continue(run, engine, position, flying, changes)
     return list(scheduler.log)
 
 
@@ -114,6 +119,12 @@ def _forked_start(run: Run, at: int, changes: Mapping[str, Any]) -> ev.RunStarte
     named = {name: choice if isinstance(choice, str) else policy_name(choice) for name, choice in changes.items()}
     config = {**run.started.config, **named, "forked_at": at}
     return msgspec.structs.replace(run.started, seq=0, mode="simulated", config=config)
+
+
+def _turned(run: Run, position: int) -> dict[str, Any]:
+    """The seams that were changed while the run went on, as they stood at the fork."""
+    turned = [e for e in run.log_events[:position] if isinstance(e, ev.Reconfigured)]
+    return {name: value for e in turned for name, value in e.changes.items() if name in SEAM_FIELDS}
 
 
 class _Memory:
@@ -189,9 +200,10 @@ def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayC
     return Engine(config, parts)
 
 
-def _continue(run: Run, engine: Engine, position: int, flying: Sequence[ev.StepFinished]) -> None:
-    """Run to the end: steps in flight as recorded, then simulated ones."""
-    outside = Outside(run, position, RecordedTokens(run, engine.model.vocab_size))
+def _continue(run: Run, engine: Engine, position: int, flying: Sequence[ev.StepFinished],
+              changes: Mapping[str, Any]) -> None:  # fmt: skip
+    """Run to the end: steps in flight as recorded, then simulated ones. The fork's own `changes` stay as they are."""
+    outside = Outside(run, position, RecordedTokens(run, engine.model.vocab_size), tuple(changes))
     for done in flying:
         result = StepResult(done.step, done.results, done.measured)
         engine.adopt(StepPlan(done.step, ()), SimTicket(result, done.t, engine.clock))

@@ -62,6 +62,14 @@ class PolicyFailed(Event, frozen=True, tag=True):
     fallback: str = ""
 
 
+class Reconfigured(Event, frozen=True, tag=True):
+    """Somebody changed the configuration between two steps. `changes`: fields of EngineConfig; plug-ins by name."""
+
+    LEVEL: ClassVar[int] = 0
+    now: float
+    changes: Mapping[str, Any]
+
+
 class InvariantViolated(Event, frozen=True, tag=True):
     """The integrity check found a contradiction: a bug in the core, never in a policy."""
 
@@ -319,7 +327,7 @@ class Decision(Event, frozen=True, tag=True):
 
 
 AnyEvent = (
-    RunStarted | PolicyFailed | InvariantViolated | RequestArrived | RequestRefused | RequestWaiting
+    RunStarted | PolicyFailed | Reconfigured | InvariantViolated | RequestArrived | RequestRefused | RequestWaiting
     | RequestAdmitted | RequestPreempted | RequestResumed | FinishRequested | FirstToken | TokensReleased
     | RequestFinished | ReserveFailed | PrefixMatched | BlocksReserved | BlockReplaced | BlocksReleased
     | BlockCached | BlockEvicted | KVMoved | KVDropped | StepPlanned | StepFinished | Span | Idle

@@ -6,8 +6,8 @@ from outside, StepResults), decisions come out and must be identical to the reco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
@@ -32,6 +32,8 @@ class Schedules(Protocol):
     def schedule(self, now: float) -> StepPlan | None: ...
 
     def commit(self, result: StepResult) -> object: ...
+
+    def reconfigure(self, changes: Mapping[str, Any], now: float) -> None: ...
 
 
 class ReplayClock:
@@ -80,6 +82,8 @@ def feed(scheduler: Schedules, event: ev.Event) -> None:
         scheduler.add(event.spec, event.t)
     elif isinstance(event, ev.FinishRequested) and event.request is not None:
         scheduler.finish(event.request, event.reason, event.detail)
+    elif isinstance(event, ev.Reconfigured):
+        scheduler.reconfigure(event.changes, event.now)
     elif isinstance(event, ev.StepPlanned):
         scheduler.schedule(event.now)
     elif isinstance(event, ev.StepFinished):
@@ -107,5 +111,7 @@ def timeless(event: ev.Event) -> ev.Event:
     if isinstance(event, ev.StepFinished):
         return msgspec.structs.replace(event, measured=Durations(), plan=0)
     if isinstance(event, ev.StepPlanned):
+        return msgspec.structs.replace(event, now=0.0)
+    if isinstance(event, ev.Reconfigured):
         return msgspec.structs.replace(event, now=0.0)
     return event

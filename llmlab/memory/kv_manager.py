@@ -53,6 +53,8 @@ class KVManager:
         self._caching = enable_prefix_caching
         self._log = log
         self._quarantine: dict[int, list[int]] = {}
+        self._withheld: list[int] = []  # taken out of service by `resize`
+        self._num_to_withhold = 0
         self._hashed = log.wants(ev.BlocksReserved)  # blocks are logged one by one, so their hash is kept
         self._blocks_hash = 0
 
@@ -63,6 +65,16 @@ class KVManager:
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in service."""
+        return self.pool.num_blocks - self._num_to_withhold
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that requests hold; quarantined ones count."""
+        return self.pool.num_blocks - self.pool.num_free - len(self._withheld)
 
     def num_blocks_of(self, request: str) -> int:
         table = self.tables.get(request)
@@ -154,7 +166,7 @@ class KVManager:
             self._toggle(seq, enumerate(blocks, start))
             self._log.emit(ev.BlocksReserved, seq.id, cause, start=start, block_ids=tuple(blocks), shared=len(hits))
 
-    def _take(self, request: str, cause: int) -> int:
+    def _take(self, request: str | None, cause: int) -> int:
         block, evicted = self.pool.take()
         if evicted is not None and self._hashed:
             self._toggle_cached(block, evicted)
@@ -172,6 +184,19 @@ class KVManager:
                 self._toggle(seq, ((index, old), (index, new)))
                 self.moves.append(Move("copy", seq.id, (old,), (new,)))
                 self._log.emit(ev.BlockReplaced, seq.id, cause, index=index, old=old, new=new)
+
+    # ------------------------------------------------------------------------------- resizing
+    def resize(self, num_blocks: int) -> None:
+        """Keep only `num_blocks` (at most all) in service. What is in use goes when it comes free: see `settle`."""
+        self._num_to_withhold = self.pool.num_blocks - num_blocks
+        self.settle()
+
+    def settle(self) -> None:
+        """Take blocks out of service, or bring them back, as far as `resize` asked for it."""
+        while len(self._withheld) > self._num_to_withhold:
+            self.pool.release(self._withheld.pop())
+        while len(self._withheld) < self._num_to_withhold and self.pool.num_free:
+            self._withheld.append(self._take(None, -1))
 
     # ------------------------------------------------------------------------------- keeping
     def commit(self, seq: Sequence, num_tokens: int) -> None:
@@ -260,7 +285,7 @@ class KVManager:
     def problems(self, alive: Iterable[str]) -> list[str]:
         """Contradictions between tables, pool and requests; empty means sound."""
         owners: dict[int, int] = {}
-        for blocks in [*(t.block_ids for t in self.tables.values()), *self._quarantine.values()]:
+        for blocks in [*(t.block_ids for t in self.tables.values()), *self._quarantine.values(), self._withheld]:
             for block in blocks:
                 owners[block] = owners.get(block, 0) + 1
         found = self.pool.problems(owners)

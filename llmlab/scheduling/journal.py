@@ -29,7 +29,7 @@ class Journal:
         self.considered = Considered(cost.step)
         self._memory = memory
         self._cost = cost
-        self._limits = limits
+        self.limits = limits
         self._keep = num_alternatives
 
     # ------------------------------------------------------------------------------- the queue
@@ -80,7 +80,7 @@ class Journal:
         self.log.emit(
             ev.Decision, seam=seam.name, policy=seam.policy_name, num_candidates=num_offers,
             chosen=" ".join(f"{name}:{count}" for name, count in tokens.items()), alternatives=(*considered, *alternatives),
-            reason=f"{sum(tokens.values())} of {self._limits.max_num_batched_tokens} tokens",
+            reason=f"{sum(tokens.values())} of {self.limits.max_num_batched_tokens} tokens",
         )  # fmt: skip
 
     # -------------------------------------------------------------------------------- shortage
@@ -153,7 +153,7 @@ class Journal:
         self.log.emit(
             ev.StepFinished, cause=plan, plan=plan, results=result.results, measured=result.durations,
             state_hash=state_hash, blocks_hash=self._memory.blocks_hash, num_tokens=num_tokens, num_running=num_running,
-            num_waiting=num_waiting, used_blocks=pool.num_blocks - pool.num_free,
+            num_waiting=num_waiting, used_blocks=self._memory.num_used,
         )  # fmt: skip
 
 

@@ -11,15 +11,18 @@ answer questions. It never asks which executor runs, reads no wall clock and imp
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
+from llmlab.config import SEAM_FIELDS
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.events.why import count
 from llmlab.memory.kv_manager import KVManager, Reserved, Shortage
+from llmlab.registry import policy_name
 from llmlab.scheduling.journal import Journal, StateHash
 from llmlab.scheduling.queue import WaitingQueue
 from llmlab.scheduling.seamcalls import (
@@ -53,6 +56,7 @@ from llmlab.seams import (
 )  # fmt: skip
 from llmlab.types import (
     QUEUED,
+    ConfigError,
     FinishReason,
     ItemResult,
     Request,
@@ -100,12 +104,17 @@ class Update(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
 
 
+def unseated(seam: str, choice: Any) -> Any:
+    raise ConfigError(seam, choice, "cannot be changed: this scheduler was built without a way to make policies")
+
+
 class Scheduler:
     """See the module's text. `view_cap` bounds how much of the queue policies see; `num_alternatives` how many
-    rejected options a Decision keeps."""
+    rejected options a Decision keeps; `reseat` makes the guarded seam for a choice of `reconfigure`."""
 
     def __init__(self, policies: Policies, memory: KVManager, cost: CostModel, log: EventLog, limits: Limits,
-                 view_cap: int = 64, num_alternatives: int = 4) -> None:  # fmt: skip
+                 view_cap: int = 64, num_alternatives: int = 4,
+                 reseat: Callable[[str, Any], Any] = unseated) -> None:  # fmt: skip
         self.policies = policies
         self.memory = memory
         self.log = log
@@ -121,6 +130,8 @@ class Scheduler:
         self._journal = Journal(log, memory, cost, limits, num_alternatives)
         self._viewer = Viewer(memory, limits, self._journal.considered.consider, view_cap)
         self._num_compared = 2 + num_alternatives  # how much of the queue a Decision about its order needs
+        self._longest = limits.max_model_len
+        self._reseat = reseat
         self._short: dict[str, None] = {}  # running requests that found no memory when they were last planned
 
     # ------------------------------------------------------------------------ requests in and out
@@ -175,6 +186,7 @@ class Scheduler:
         """The next step, or None if nothing can or needs to run now."""
         mark, last_step = self.log.num_emitted, self.log.step
         self.log.step = self.next_step
+        self.memory.settle()
         planned = self._plan(now, let_in=True)
         while not planned and self.running and not self.inflight and not self.memory.moves:
             planned = self._plan(now, let_in=False)  # whoever was chosen found no memory: let those who run go on
@@ -221,6 +233,31 @@ class Scheduler:
         """Go on under other policies, as a fork does; the queue is sorted anew."""
         self.policies = policies
         self._sort_queue(now)
+
+    def reconfigure(self, changes: Mapping[str, Any], now: float) -> None:
+        """Go on with other policies, limits or memory from the next step on. `changes`: some of LIVE_FIELDS. Raises
+        ConfigError, and changes nothing, for an unknown policy or if a request that is here would not fit any more."""
+        blocks, seams = changes.get("num_blocks"), [name for name in changes if name in SEAM_FIELDS]
+        if blocks is not None:
+            self._check_pool(blocks)
+        made = {name: self._reseat(name, changes[name]) for name in seams}
+        shown = {name: policy_name(value) if name in seams and not isinstance(value, str) else value
+                 for name, value in changes.items()}  # fmt: skip
+        self.log.emit(ev.Reconfigured, now=now, changes=shown)
+        self.memory.pool.choose = made.pop("eviction", self.memory.pool.choose)
+        self.adopt(self.policies._replace(**made), now)
+        limits = {name: changes[name] for name in ("max_num_batched_tokens", "max_num_seqs") if name in changes}
+        if blocks is not None:
+            self.memory.resize(blocks)
+            limits["max_model_len"] = min(self._longest, blocks * self.memory.block_size)
+        self.limits = self._journal.limits = self._viewer.limits = msgspec.structs.replace(self.limits, **limits)
+
+    def _check_pool(self, num_blocks: int) -> None:
+        longest = max((seq.request.max_total_tokens for seq in self.sequences.values()), default=1)
+        least, most = self.memory.blocks_for(longest), self.memory.pool.num_blocks
+        if not least <= num_blocks <= most:
+            raise ConfigError("num_blocks", num_blocks, f"must be {least} to {most} now",
+                              "The longest request that is here must fit; the engine was made with no more blocks.")  # fmt: skip
 
     def _refresh_queue(self, now: float) -> None:
         if getattr(self.policies.ordering.policy, "refresh", "arrival") == "step" and len(self.waiting) > 1:

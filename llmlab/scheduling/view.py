@@ -19,7 +19,7 @@ class Viewer:
                  cap: int) -> None:  # fmt: skip
         self.cap = cap
         self._memory = memory
-        self._limits = limits
+        self.limits = limits
         self._consider = consider
 
     def engine(self, now: float, step: int, waiting: Iterable[Sequence], num_waiting: int, running: Iterable[Sequence]
@@ -27,11 +27,11 @@ class Viewer:
         """All that a policy sees; `waiting` is the head of the queue."""
         show = self.request
         return EngineView(now, step, tuple([show(seq) for seq in waiting]), num_waiting, tuple([show(seq) for seq in running]),
-                          self.pool(), self._limits, self._consider)  # fmt: skip
+                          self.pool(), self.limits, self._consider)  # fmt: skip
 
     def pool(self) -> PoolView:
         pool, host = self._memory.pool, self._memory.host
-        return PoolView(pool.num_blocks, pool.num_free, self._memory.num_quarantined, host.num_blocks, host.num_free,
+        return PoolView(self._memory.num_blocks, pool.num_free, self._memory.num_quarantined, host.num_blocks, host.num_free,
                         self._memory.block_size)  # fmt: skip
 
     def request(self, seq: Sequence, num_cached_tokens: int | None = None) -> RequestView:
