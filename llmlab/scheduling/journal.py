@@ -149,7 +149,6 @@ class Journal:
                  ) -> None:  # fmt: skip
         if not self.log.wants(ev.StepFinished):
             return
-        pool = self._memory.pool
         self.log.emit(
             ev.StepFinished, cause=plan, plan=plan, results=result.results, measured=result.durations,
             state_hash=state_hash, blocks_hash=self._memory.blocks_hash, num_tokens=num_tokens, num_running=num_running,
