@@ -1,7 +1,8 @@
 """The house rules that a machine can check: imports point down, torch stays where it belongs, functions stay short.
 
     roofline -> nouns, events -> workloads, tasks -> memory, kernels -> models -> scheduling, decoding -> execution
-    -> the engine's floor -> cluster -> programs, training, privacy -> analysis, ui, papers -> the command line, teaching
+    -> the engine's floor -> cluster -> programs, training, privacy -> analysis, ui, papers -> what the apps share
+    -> the command line, teaching
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("cluster",),
     ("programs", "training", "privacy"),
     ("analysis", "ui", "papers"),
+    ("applab",),
     ("cli", "tour", "__main__", "teaching"),
 ]
 FILES = tuple(path.stem for path in (Path(__file__).resolve().parent.parent / "llmlab").glob("*.py"))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llmlab.cli import checks, comparing, listing, profiles, roofs, serving, simulating, sweeping, touring, traces
+from llmlab.cli import apps, checks, comparing, listing, profiles, roofs, serving, simulating, sweeping, touring, traces
 from llmlab.types import LabError
 from roofline.errors import RooflineError
 
@@ -65,6 +65,7 @@ def _root(
 
 
 touring.add_to(app)
+apps.add_to(app)
 serving.add_to(app)
 simulating.add_to(app)
 comparing.add_to(app)

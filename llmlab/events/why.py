@@ -203,8 +203,8 @@ def _tell_preempted(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
                f"(most blocks: {holders}).")  # fmt: skip
     victim = next((e for e in chain if isinstance(e, ev.Decision) and e.seam == "victim"), None)
     yield describe(victim) if victim else f"Its memory went to {event.beneficiary} (decisions were not recorded)."
-    tier = next((e for e in run.log_events[stretch.cause - run.log_events[0].seq - 3 :]
-                 if isinstance(e, ev.Decision) and e.seam == "tiering" and e.request == request), None)  # fmt: skip
+    tier = next((e for e in run.log_events if e.seq >= stretch.cause - 3 and isinstance(e, ev.Decision)
+                 and e.seam == "tiering" and e.request == request), None)  # fmt: skip
     if tier is not None:
         yield describe(tier)
     if event.mode == "recompute":

@@ -1,0 +1,52 @@
+"""Which apps there are, and where their files lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+import llmlab
+from llmlab.types import ConfigError, unknown_name
+
+
+class App(msgspec.Struct, frozen=True):
+    """One app: its file's name, its title, and the one idea that it shows."""
+
+    name: str
+    title: str
+    idea: str
+
+
+APPS = (
+    App("engine_room", "Engine room",
+        "A real engine under a stream of requests. Turn a knob and watch the next step obey; click a bar and read why it was late."),
+)  # fmt: skip
+
+
+def app(name: str) -> App:
+    """The app of this name. Raises ConfigError with the nearest names."""
+    found = {one.name: one for one in APPS}
+    if name not in found:
+        raise unknown_name("app", name, found)
+    return found[name]
+
+
+def app_file(name: str) -> Path:
+    """The notebook of an app: inside an installed package, or in `apps/` of a source checkout. Raises ConfigError."""
+    package = Path(llmlab.__path__[0])
+    places = [package / "_apps" / f"{name}.py", package.parent / "apps" / f"{name}.py"]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ConfigError("app", name, "its file is not installed", f"It should be at {places[0]}; install llmlab again.")
+
+
+def recorded_runs() -> dict[str, Path]:
+    """Traces that come with llmlab, by name."""
+    package = Path(llmlab.__path__[0])
+    found: dict[str, Path] = {}
+    for root in (package / "_data" / "runs", package.parent / "datasets" / "runs"):
+        for path in sorted(root.glob("*.jsonl.zst")):
+            found.setdefault(path.name.removesuffix(".jsonl.zst"), path)
+    return found

@@ -1,0 +1,104 @@
+"""The engine behind the pages: knobs between steps, slow motion that leaves times measured, nobody watching, bounds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+
+from llmlab.applab import live as module
+from llmlab.applab.live import LIVE, LiveEngine
+
+SMALL = msgspec.structs.replace(LIVE, model="lab-xs", kernels="torch", log_capacity=4000)
+
+
+def eventually(what: Callable[[], bool], seconds: float = 30) -> bool:
+    until = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.fixture
+def live() -> Iterator[LiveEngine]:
+    engine = LiveEngine(SMALL, rate=40.0, speed=1.0)
+    assert engine.wait_until_ready(60), engine.state
+    yield engine
+    engine.close()
+
+
+def test_it_runs_only_while_somebody_watches(live: LiveEngine) -> None:
+    assert eventually(lambda: live.state == "standing still") and live.vitals.step == 0
+    with live.watching(), live.watching():
+        assert live.num_watchers == 2
+        assert eventually(lambda: live.vitals.num_finished > 3), live.state
+    assert eventually(lambda: live.state == "standing still")
+    step, t = live.vitals.step, live.engine.clock.now() if live.engine else 0.0
+    time.sleep(0.3)
+    assert live.vitals.step == step and live.engine is not None
+    assert live.engine.clock.now() - t < 1.3, "time in which it stands still does not count, but for the last nap"
+
+
+def test_knobs_hold_from_the_next_step_on_and_wrong_ones_are_noted(live: LiveEngine) -> None:
+    with live.watching():
+        live.turn_to(ordering="sjf_oracle", max_num_batched_tokens=16, num_blocks=120)
+        live.turn(ordering="nobody")
+        assert eventually(lambda: live.vitals.num_blocks == 120 and bool(live.notes))
+        assert live.settings()["ordering"] == "sjf_oracle" and "nobody" in live.notes[-1]
+        seen = live.vitals.step
+        assert eventually(lambda: live.vitals.step > seen + 20)
+    run = live.window()
+    assert run is not None and live.state in ("running", "standing still")
+    assert max(step.num_tokens for step in run.steps if step.step > seen) <= 16
+
+
+def test_a_prompt_of_ones_own_and_a_long_one(live: LiveEngine) -> None:
+    with live.watching():
+        mine, long = live.send("<slow>12*34?"), live.drop_long_prompt()
+        assert eventually(lambda: {mine, long} <= {n for n, one in live.letters.items() if one.finished})
+    run = live.window()
+    assert run is not None and run.requests[long].num_prompt_tokens > 600
+    assert live.letters[mine].text and live.letters[mine].right is None
+    assert mine in run.why(mine).headline
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_the_engine_goes_on(live: LiveEngine) -> None:
+    with live.watching():
+        name = live.send("9" * 9000)
+        assert eventually(lambda: bool(live.notes))
+        assert live.letters[name].finished and live.letters[name].text == live.notes[-1]
+        seen = live.vitals.num_finished
+        assert eventually(lambda: live.vitals.num_finished > seen)
+
+
+def test_slow_motion_does_not_stretch_measured_times(live: LiveEngine) -> None:
+    live.speed = 0.1
+    with live.watching():
+        assert eventually(lambda: live.vitals.step > 3)
+        first, began = live.vitals.t, time.monotonic()
+        time.sleep(1.0)
+        share = (live.vitals.t - first) / (time.monotonic() - began)
+    assert share < 0.4, f"the run's clock went at {share:.2f} of real time"
+
+
+def test_what_it_remembers_is_bounded(live: LiveEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REMEMBERED", 10)
+    live.rate = 300.0
+    with live.watching():
+        assert eventually(lambda: live.vitals.num_finished > 60)
+    assert live.engine is not None and len(live.engine.log) <= 4000
+    unfinished = sum(not one.finished for one in live.letters.values())
+    assert len(live.letters) <= 10 + unfinished + 1
+    assert len(live.engine.metrics.requests) <= len(live.letters) + 1
+
+
+def test_a_model_that_is_not_there_is_said_and_the_thread_ends() -> None:
+    engine = LiveEngine(msgspec.structs.replace(SMALL, model="lab-zz"))
+    assert engine.wait_until_ready(30) and engine.state.startswith("stopped: ") and "lab-zz" in engine.state
+    engine.close()
+    assert "llmlab-live-engine" not in [t.name for t in threading.enumerate() if t is engine._thread]

@@ -1,0 +1,123 @@
+"""What the apps share, without a browser, a model or marimo."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmlab
+from llmlab.applab import gallery, serving
+from llmlab.applab.window import Window
+from llmlab.events import catalog as ev
+from llmlab.types import ConfigError
+
+APPS = Path(__file__).parents[2] / "apps"
+
+
+def test_every_app_has_a_card_and_every_card_an_app() -> None:
+    assert sorted(path.stem for path in APPS.glob("*.py")) == sorted(app.name for app in gallery.APPS)
+    page = serving.gallery_page(gallery.APPS)
+    for app in gallery.APPS:
+        assert gallery.app_file(app.name) == APPS / f"{app.name}.py"
+        assert f'href="{app.name}/"' in page and app.title in page
+
+
+def test_an_unknown_app_is_answered_with_near_names() -> None:
+    with pytest.raises(ConfigError, match="engine_room"):
+        gallery.app("engine-rom")
+
+
+def test_the_gallery_names_no_other_host() -> None:
+    assert "://" not in serving.gallery_page(gallery.APPS)
+    assert "://" not in serving._HEAD
+
+
+# ------------------------------------------------------------------------------------------ ports
+def test_a_busy_port_is_passed_over_and_that_is_said() -> None:
+    with socket.socket() as busy:
+        busy.bind((serving.HOST, 0))
+        busy.listen()
+        wanted = busy.getsockname()[1]
+        place = serving.find_port(wanted)
+    assert place.port > wanted and str(wanted) in place.note and str(place.port) in place.url
+
+
+def test_any_free_port_needs_no_note() -> None:
+    place = serving.find_port(0)
+    assert place.port > 0 and not place.note
+    with pytest.raises(ConfigError):
+        serving.find_port(70_000)
+
+
+# ------------------------------------------------------------------------------------------ theme
+def page_through(cookie: str) -> tuple[bytes, dict[bytes, bytes], dict[bytes, bytes]]:
+    """A page of marimo's kind behind the theme: its body and headers, and the headers that the app was asked with."""
+    sent: list[Any] = []
+    asked: dict[bytes, bytes] = {}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.update(scope["headers"])
+        body = b'{"theme": "light"} {&quot;theme&quot;: &quot;light&quot;}'
+        headers = [(b"content-type", b"text/html; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body[:9], "more_body": True})
+        await send({"type": "http.response.body", "body": body[9:]})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"cookie", cookie.encode()), (b"if-none-match", b"tag")]}
+    asyncio.run(serving.Themed(app)(scope, None, send))
+    return b"".join(m.get("body", b"") for m in sent), dict(sent[0]["headers"]), asked
+
+
+def test_a_page_comes_in_the_theme_of_its_cookie() -> None:
+    body, headers, asked = page_through("a=b; llmlab_theme=dark")
+    assert body == b'{"theme": "dark"} {&quot;theme&quot;: &quot;dark&quot;}'
+    assert headers[b"content-length"] == str(len(body)).encode()
+    assert b"if-none-match" not in asked, "a page kept in the other theme must not be taken for this one"
+
+
+@pytest.mark.parametrize("cookie", ["", "llmlab_theme=light", "llmlab_theme=pink", "bad \x7f cookie"])
+def test_without_a_choice_it_is_light(cookie: str) -> None:
+    assert b"dark" not in page_through(cookie)[0]
+
+
+# ----------------------------------------------------------------------------------------- window
+@pytest.fixture(scope="module")
+def cut() -> Window:
+    """The newest 1500 events of a run with preemptions."""
+    engine = llmlab.Engine(model="lab-s", executor="sim", hardware="t4", num_blocks=24, max_num_batched_tokens=64,
+                           log_level=3, log_capacity=1500)  # fmt: skip
+    for i in range(40):
+        engine.add_request([1 + (i + j) % 7 for j in range(30)], llmlab.SamplingParams(max_tokens=40), arrival=8e-4 * i)
+    started = engine.log[0]
+    assert isinstance(started, ev.RunStarted)
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert engine.log.first_seq > 0
+    return Window(started, tuple(engine.log))
+
+
+def test_a_window_answers_like_a_run_although_its_beginning_is_gone(cut: Window) -> None:
+    assert 0 < len(cut.requests) < 40 and cut.started.model["name"] == "lab-s"
+    assert cut.metrics.num_preemptions > 0
+    for name in cut.requests:
+        assert name in cut.why(name).headline
+    preempted = next(n for n, r in cut.requests.items() if r.num_preemptions)
+    assert "tiering policy" in str(cut.why(preempted))
+
+
+def test_a_chain_of_causes_ends_where_the_window_begins(cut: Window) -> None:
+    assert cut.event(1) is cut.started
+    last = cut.log_events[-1]
+    assert cut.event(last.seq) is last
+
+
+def test_the_newest_requests_only(cut: Window) -> None:
+    names = list(cut.requests)
+    assert list(Window(cut.started, cut.log_events, newest=3).requests) == names[-3:]
