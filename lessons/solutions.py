@@ -8,3 +8,22 @@ def nucleus(probs, p):
         if total >= p:
             break
     return kept
+
+
+# %% 02
+def latencies(arrival, times):
+    """(time to first token, mean time per output token after the first), in seconds."""
+    tpot = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+    return times[0] - arrival, tpot
+
+
+# %% 03
+def slot(table, block_size, position):
+    """The place in the pool where the KV of the token at `position` lies."""
+    return table[position // block_size] * block_size + position % block_size
+
+
+# %% 04
+def turning_batch(peak, bandwidth, bytes_per_weight):
+    """Tokens in a step from which the arithmetic takes as long as fetching the weights."""
+    return peak / bandwidth * bytes_per_weight / 2

@@ -17,7 +17,8 @@ from llmlab.types import unknown_name
 Check = Callable[[Any], Iterator[str]]
 # The check of an exercise: `module:function` in this package; it yields a sentence for everything that is wrong.
 EXERCISES: Mapping[str, str] = {
-    "nucleus": "tokens:nucleus",
+    "nucleus": "tokens:nucleus", "latencies": "times:latencies", "slot": "blocks:slot",
+    "turning_batch": "costs:turning_batch",
 }
 MOST = 3  # sentences shown at a time: a learner mends one thing after the other
 

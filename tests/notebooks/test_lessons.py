@@ -48,7 +48,7 @@ def test_it_runs_and_its_pictures_say_where_they_come_from(ran: Ran) -> None:
     pictures = [one for one in ran.shown if one.kind == "picture"]
     assert len(pictures) >= 3
     for one in pictures:
-        assert re.search(r"Measured|Simulated|Computed", one.content), one.alt
+        assert re.search(r"Measured|Simulated|Computed|modelled", one.content), one.alt
         assert len(one.alt) > 12
 
 
