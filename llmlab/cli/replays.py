@@ -113,7 +113,7 @@ def _pairs(events: Sequence[ev.Event], replaced: Sequence[str]) -> list[_Pair]:
 
 def _is_compared(event: ev.Event, replaced: Sequence[str]) -> bool:
     """A replaced policy's own decisions are not, nor its words; nor is which block it was, if the pool is another."""
-    if isinstance(event, (*INPUTS, ev.Span, ev.Idle)):
+    if isinstance(event, INPUTS):
         return False
     if isinstance(event, ev.RequestWaiting) and "admission" in replaced:
         return event.reason not in ("memory", "policy")

@@ -292,6 +292,15 @@ class Idle(Event, frozen=True, tag=True):
     why: str = ""
 
 
+class JoinWait(Event, frozen=True, tag=True):
+    """The device had nothing to do until the host's share of the step was back: `op`, of `request` if of a single one."""
+
+    LEVEL: ClassVar[int] = 4
+    start: float
+    end: float
+    op: str
+
+
 # ------------------------------------------------------------------------------------- decoding
 class RolledBack(Event, frozen=True, tag=True):
     """Computed tokens were cut back to `num_computed_tokens` (a sampled token had ended the request,
@@ -331,6 +340,6 @@ AnyEvent = (
     | RequestAdmitted | RequestPreempted | RequestResumed | FinishRequested | FirstToken | TokensReleased
     | RequestFinished | ReserveFailed | PrefixMatched | BlocksReserved | BlockReplaced | BlocksReleased
     | BlockCached | BlockEvicted | KVMoved | KVDropped | StepPlanned | StepFinished | Span | Idle
-    | RolledBack | Decision
+    | JoinWait | RolledBack | Decision
 )  # fmt: skip
 EVENT_TYPES: dict[str, type[Event]] = {kind.__name__: kind for kind in AnyEvent.__args__}

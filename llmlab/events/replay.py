@@ -13,17 +13,19 @@ import msgspec
 
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
+from llmlab.events.spans import SPAN_EVENTS, SpanLog
 from llmlab.events.trace import Run
 from llmlab.types import Durations, FinishReason, Request, StepPlan, StepResult, TraceError
 
 # What the scheduler is told, rather than what it decides.
-INPUTS = (ev.RunStarted, ev.RequestRefused)
+INPUTS = (ev.RunStarted, ev.RequestRefused, *SPAN_EVENTS)
 
 
 class Schedules(Protocol):
     """The scheduler's interface, as far as replay needs it."""
 
     log: EventLog
+    spans: SpanLog
 
     def add(self, request: Request, now: float) -> None: ...
 
@@ -86,6 +88,9 @@ def feed(scheduler: Schedules, event: ev.Event) -> None:
         scheduler.reconfigure(event.changes, event.now)
     elif isinstance(event, ev.StepPlanned):
         scheduler.schedule(event.now)
+    elif isinstance(event, SPAN_EVENTS):
+        scheduler.log.step = event.step
+        scheduler.spans.replay(event)
     elif isinstance(event, ev.StepFinished):
         scheduler.commit(StepResult(event.step, event.results, event.measured))
 

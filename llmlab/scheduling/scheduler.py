@@ -20,6 +20,7 @@ import msgspec
 from llmlab.config import SEAM_FIELDS
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
+from llmlab.events.spans import SpanLog
 from llmlab.events.why import count
 from llmlab.memory.kv_manager import KVManager, Reserved, Shortage
 from llmlab.registry import policy_name
@@ -118,6 +119,7 @@ class Scheduler:
         self.policies = policies
         self.memory = memory
         self.log = log
+        self.spans = SpanLog(log)
         self.limits = limits
         self.sequences: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
@@ -494,6 +496,7 @@ class Scheduler:
         flights = self.inflight.pop(result.step)
         plan = self.plan_seq.pop(result.step, -1)
         self.log.step = result.step
+        self.spans.record(result.spans, plan)
         updates = []
         for flight, item_result in zip(flights, result.results, strict=True):
             update = self._commit_item(flight, item_result, plan)

@@ -15,6 +15,7 @@ import llmlab
 from llmlab.execution.cost import RooflineCost
 from llmlab.execution.opgraph import Graph, Pending, build
 from llmlab.execution.timelines import RESOURCES, Op, Timelines, busy, makespan
+from llmlab.replaying import replay_decisions
 from llmlab.seams import EngineView
 from llmlab.types import Move, ResourceSpan, Span, WorkItem
 from roofline import shapes
@@ -197,6 +198,25 @@ def test_a_run_with_copies_and_host_rows_forks_into_itself(overlap_depth: int, p
     assert run.metrics.num_finished == 30 and any(e.mode == "swap" for e in run.events("RequestPreempted"))
     for step in (run.steps[20].step, run.steps[len(run.steps) // 2].step):
         assert run.fork(step, recorded={"placement": placement}).log_events[1:] == run.log_events[1:]
+
+
+@pytest.mark.parametrize("placement", ["device_only", OddOnesOnTheHost()])
+def test_level_four_tells_what_every_resource_did(placement: Any) -> None:
+    run = llmlab.run(config(placement=placement, log_level=4), load())
+    spans = run.events("Span")
+    for resource in RESOURCES:
+        own = [(s.start, s.end) for s in spans if s.resource == resource]
+        assert all(a[1] <= b[0] for a, b in pairwise(sorted(own)))
+        gaps = sorted([(g.start, g.end) for g in run.events("Idle") if g.resource == resource]
+                      + [(g.start, g.end) for g in run.events("JoinWait") if resource == "device"])  # fmt: skip
+        if resource in ("device", "cpu") and own:
+            assert sorted(own + gaps)[0][0] == 0.0  # spans and gaps tile the run
+            assert all(a[1] == b[0] for a, b in pairwise(sorted(own + gaps)))
+    assert bool(run.events("JoinWait")) == (placement != "device_only")
+    assert any(s.op == "swap_out" and s.resource == "d2h" for s in spans)
+    assert "nothing to do" in {g.why for g in run.events("Idle")}
+    assert run.fork(run.steps[40].step, recorded={"placement": placement}).log_events[1:] == run.log_events[1:]
+    assert replay_decisions(run, placement=placement).differences == []
 
 
 def test_swapping_beside_the_steps_is_cheaper_than_predicted_one_after_the_other() -> None:
