@@ -28,7 +28,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    kernels: Literal["auto", "torch", "numba"] = "auto"
+    kernels: Literal["auto", "torch", "numba", "triton"] = "auto"
     num_threads: int | None = None
     random_weights: bool = False
 
@@ -71,7 +71,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         self._one_of("executor", ("torch", "sim"))
         self._one_of("device", ("auto", "cpu", "cuda"))
         self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
-        self._one_of("kernels", ("auto", "torch", "numba"))
+        self._one_of("kernels", ("auto", "torch", "numba", "triton"))
         self._check_rest()
 
     def _check_rest(self) -> None:

@@ -141,7 +141,7 @@ def policies(as_json: AsJson = False) -> None:
 
 @engine_options("kernels", "device", "dtype", "num_threads")
 def kernels(as_json: AsJson = False, *, engine: dict[str, Any]) -> None:
-    """Which implementation runs each operation on this machine, and why."""
+    """Which implementation runs each operation, and why: on this machine, or on a GPU that is not here (--device t4)."""
     from llmlab.cli.console import stdout, working
 
     with working("Looking at this machine"):
@@ -160,12 +160,16 @@ def kernel_choices(engine: dict[str, Any]) -> list[Any]:
     from llmlab.config import engine_config
     from llmlab.types import ConfigError
 
+    if engine.get("device", "auto") not in ("auto", "cpu", "cuda"):
+        return _choices_elsewhere(engine)
     config = engine_config(**engine)
     import torch
 
     from llmlab.kernels.dispatch import make_kernels
 
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", "cuda", "torch sees no CUDA device here", "Name a card to see its table: --device t4.")
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
         return list(make_kernels(config.kernels, device=device, dtype=dtype, num_threads=config.num_threads).describe())
@@ -173,6 +177,18 @@ def kernel_choices(engine: dict[str, Any]) -> list[Any]:
         raise
     except ValueError as error:
         raise ConfigError("kernels", config.kernels, str(error)) from None
+
+
+def _choices_elsewhere(engine: dict[str, Any]) -> list[Any]:
+    """What a GPU of the hardware table would get."""
+    from llmlab.config import engine_config
+    from llmlab.kernels.capability import capability_of, check_dtype, default_dtype, kernel_table
+
+    capability = capability_of(engine["device"])
+    config = engine_config(**{**engine, "device": "cuda"})
+    dtype = default_dtype(capability) if config.dtype == "auto" else config.dtype
+    check_dtype(capability, dtype)
+    return list(kernel_table(capability, dtype))
 
 
 # -------------------------------------------------------------------------------------------- bench

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from llmlab.kernels import reference
+from llmlab.kernels.capability import Capability, has_triton, of_compute
 from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoice
+from llmlab.kernels.quantized import QuantizedTensor, WidenedExperts, WidenedLinear
 from llmlab.types import LabError
 
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,9 +50,9 @@ class Kernels(Protocol):
 
     name: str
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearImpl: ...
+    def linear(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> LinearImpl: ...
 
-    def experts(self, w_gate_up: Tensor, w_down: Tensor) -> ExpertsImpl:
+    def experts(self, w_gate_up: Tensor | QuantizedTensor, w_down: Tensor | QuantizedTensor) -> ExpertsImpl:
         """Pack [E, 2F, d] and [E, d, F]; `moe` takes the weights as they are."""
 
     def norm_linear(
@@ -169,10 +171,13 @@ class BaseKernels:
     copy_blocks = staticmethod(reference.copy_blocks)
     moe = staticmethod(reference.moe)
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearImpl:
-        return TorchLinear(weight, bias)
+    def linear(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> LinearImpl:
+        return WidenedLinear(weight, bias) if isinstance(weight, QuantizedTensor) else TorchLinear(weight, bias)
 
-    def experts(self, w_gate_up: Tensor, w_down: Tensor) -> ExpertsImpl:
+    def experts(self, w_gate_up: Tensor | QuantizedTensor, w_down: Tensor | QuantizedTensor) -> ExpertsImpl:
+        if isinstance(w_gate_up, QuantizedTensor) and isinstance(w_down, QuantizedTensor):
+            return WidenedExperts(w_gate_up, w_down)
+        assert isinstance(w_gate_up, Tensor) and isinstance(w_down, Tensor)
         return TorchExperts(w_gate_up, w_down)
 
     def norm_linear(
@@ -214,17 +219,39 @@ def set_num_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def _torch_kernels() -> Kernels:
+def _torch_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     return TorchKernels()
 
 
-def _numba_kernels() -> Kernels:
+def _numba_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     from llmlab.kernels.numba_kernels import NumbaKernels
 
+    if device.type != "cpu":
+        raise LabError("kernels", "numba", f"runs on the CPU only, not on {device}", "choose 'auto'")
     return NumbaKernels()
 
 
-SETS: Mapping[str, Callable[[], Kernels]] = {"torch": _torch_kernels, "numba": _numba_kernels}
+def _triton_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    if not has_triton():
+        raise LabError("kernels", "triton", "Triton is not installed", "pip install 'llmlab[gpu]', or choose 'torch'")
+    if device.type != "cuda":
+        raise LabError("kernels", "triton", f"runs on CUDA devices only, not on {device}", "choose 'auto'")
+    from llmlab.kernels.triton_kernels import TritonKernels
+
+    return TritonKernels(device_capability(device), dtype)
+
+
+def device_capability(device: torch.device | str) -> Capability:
+    """What a CUDA device of this machine can do. Raises ConfigError below Turing."""
+    found = torch.cuda.get_device_properties(torch.device(device))
+    return of_compute(found.name, found.major * 10 + found.minor, found.multi_processor_count, float(found.total_memory))
+
+
+SETS: Mapping[str, Callable[[torch.device, torch.dtype], Kernels]] = {
+    "torch": _torch_kernels,
+    "numba": _numba_kernels,
+    "triton": _triton_kernels,
+}
 
 
 def make_kernels(
@@ -233,21 +260,21 @@ def make_kernels(
     dtype: torch.dtype = torch.float32,
     num_threads: int | None = None,
 ) -> Kernels:
-    """The kernel set `name` ("torch", "numba" or "auto") for a device and the dtype of a model.
+    """The kernel set `name` ("torch", "numba", "triton" or "auto") for a device and the dtype of a model.
 
     "auto" obeys the environment variable LLMLAB_KERNELS; unset, it takes numba on a CPU with one of
-    the dtypes that its kernels read, and torch elsewhere. `num_threads`: see `set_num_threads`;
-    None leaves what torch has chosen.
+    the dtypes that its kernels read, triton on CUDA where it is installed, and torch elsewhere.
+    `num_threads`: see `set_num_threads`; None leaves what torch has chosen.
     """
     if num_threads is not None:
         set_num_threads(num_threads)
     if name == "auto":
         name = os.environ.get("LLMLAB_KERNELS", "auto")
-    on_cpu = torch.device(device).type == "cpu"
-    if name == "auto":
-        name = "numba" if on_cpu and dtype in COMPILED_DTYPES else "torch"
+    device = torch.device(device)
+    if name == "auto" and dtype in COMPILED_DTYPES:
+        name = "numba" if device.type == "cpu" else "triton" if device.type == "cuda" and has_triton() else "torch"
+    elif name == "auto":
+        name = "torch"
     if name not in SETS:
         raise LabError("kernels", name, "is not a kernel set", f"choose one of auto, {', '.join(SETS)}")
-    if name == "numba" and not on_cpu:
-        raise LabError("kernels", name, f"runs on the CPU only, not on {device}", "choose 'auto'")
-    return SETS[name]()
+    return SETS[name](device, dtype)

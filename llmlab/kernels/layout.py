@@ -15,9 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmlab.kernels.capability import KernelChoice
 from llmlab.types import LabError
 
+__all__ = ["HOST", "MASKS", "AttentionMetadata", "AttentionState", "KernelChoice"]
+
 MASKS = ("causal", "full")
+HOST = "lengths on the host"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +39,8 @@ class AttentionMetadata:
       positions up to its own; "full": it sees the whole row (blocks of a diffusion model, or the
       shared prefix of a cascade). A sliding window bounds the past in both.
 
-    `derived` is for kernel sets: what they compute once per step and share between the layers.
+    `derived` is for kernel sets: what they compute once per step and share between the layers. Its entry
+    HOST holds (cu_seqlens_q, seq_lens) as numpy arrays, so that planning never waits for a device.
     """
 
     cu_seqlens_q: Tensor
@@ -76,6 +81,13 @@ class AttentionMetadata:
     def num_rows(self) -> int:
         return int(self.seq_lens.shape[0])
 
+    def host_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """(cu_seqlens_q, seq_lens) in host memory; copied from the device if `build` did not make this."""
+        if HOST not in self.derived:
+            self.derived[HOST] = (self.cu_seqlens_q.cpu().numpy(), self.seq_lens.cpu().numpy())
+        lengths: tuple[np.ndarray, np.ndarray] = self.derived[HOST]
+        return lengths
+
     @classmethod
     def build(
         cls,
@@ -107,7 +119,7 @@ class AttentionMetadata:
         def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             return torch.as_tensor(array, dtype=dtype, device=device)
 
-        return cls(
+        meta = cls(
             cu_seqlens_q=tensor(starts, torch.int32),
             seq_lens=tensor(lens, torch.int32),
             block_tables=tensor(tables, torch.int32),
@@ -115,6 +127,8 @@ class AttentionMetadata:
             max_seqlen_q=int(num_q.max(initial=0)),
             mask=mask,
         )
+        meta.derived[HOST] = (starts, lens)
+        return meta
 
 
 def _rectangular(block_tables: Sequence[Sequence[int]], lens: np.ndarray, block_size: int) -> np.ndarray:
@@ -139,12 +153,3 @@ class AttentionState:
 
     out: Tensor
     lse: Tensor
-
-
-@dataclass(frozen=True)
-class KernelChoice:
-    """One row of `Kernels.describe()`: which implementation runs an operation, and why."""
-
-    op: str
-    implementation: str
-    why: str

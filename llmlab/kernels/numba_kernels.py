@@ -16,6 +16,7 @@ from llmlab.kernels.moe import PackedExperts
 from llmlab.kernels.norm_rope import heads_dense, norm_rows, regular, rope_store_call
 from llmlab.kernels.numba_attention import attention_call, supports
 from llmlab.kernels.pool import Pool, openmp
+from llmlab.kernels.quantized import QuantizedTensor
 from llmlab.kernels.vector import SHAPE
 from llmlab.types import LabError
 
@@ -28,10 +29,14 @@ class NumbaKernels(BaseKernels):
     def __init__(self) -> None:
         self.pool = Pool()
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearImpl:
+    def linear(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> LinearImpl:
+        if isinstance(weight, QuantizedTensor):
+            return super().linear(weight, bias)
         return PackedLinear(weight, bias, self.pool)
 
-    def experts(self, w_gate_up: Tensor, w_down: Tensor) -> ExpertsImpl:
+    def experts(self, w_gate_up: Tensor | QuantizedTensor, w_down: Tensor | QuantizedTensor) -> ExpertsImpl:
+        if isinstance(w_gate_up, QuantizedTensor) or isinstance(w_down, QuantizedTensor):
+            return super().experts(w_gate_up, w_down)
         return PackedExperts(w_gate_up, w_down, self.pool)
 
     def norm_linear(

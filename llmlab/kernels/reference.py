@@ -207,3 +207,32 @@ def moe(
         hidden = gated_act(linear(x[token], w_gate_up[expert]), act)
         y.index_add_(0, token, linear(hidden, w_down[expert]).float() * weights[token, choice, None])
     return y.to(x.dtype)
+
+
+def draw(
+    logits: Tensor, temperature: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor
+) -> Tensor:
+    """Tokens [n] int64 of logits [n, vocab] float32, one draw `uniform` [n] float64 in [0, 1) each.
+
+    Inverse CDF over what temperature (0: the largest logit), min_p, top_k (<= 0: off; ties with the k-th
+    stay) and top_p (1: off) keep, most likely token first, then by id. Probabilities are integer weights,
+    floor(2**bits * exp((logit - max) / temperature)), as in `llmlab.decoding.sampler`.
+    """
+    values, ids = torch.sort(logits + 0.0, dim=-1, descending=True, stable=True)
+    greedy = temperature <= 0
+    heat = torch.where(greedy, 1.0, temperature)[:, None]
+    ratio = ((values - values[:, :1]) / heat).exp()
+    weights = (torch.where(ratio >= min_p[:, None], ratio, 0.0) * 2.0 ** weight_bits(logits.shape[1])).long()
+    upto = weights.cumsum(1)
+    last = (top_k.clamp(1, logits.shape[1]) - 1).long()[:, None]
+    stays = (top_k <= 0)[:, None] | (values >= values.gather(1, last))
+    mass = torch.where(stays, weights, 0).sum(1)
+    inside = (upto - weights) < (top_p * mass)[:, None]
+    kept = torch.where(top_p < 1, torch.where(inside, weights, 0).sum(1), mass)
+    place = (upto <= torch.minimum((uniform * kept).long(), kept - 1)[:, None]).sum(1).clamp(max=logits.shape[1] - 1)
+    return ids.gather(1, torch.where(greedy, 0, place)[:, None])[:, 0]
+
+
+def weight_bits(vocab: int) -> int:
+    """The weight of the most likely token is 2**this: as large as a sum over the vocabulary in int64 allows."""
+    return 62 - vocab.bit_length()

@@ -1,0 +1,51 @@
+"""The GPU kernels without a GPU: interpreted in a process of their own, and compiled for cards that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmlab.kernels.capability import capability_of
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)")
+
+
+@needs_triton
+def test_every_kernel_computes_what_the_reference_does() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/interpreted"],
+                          cwd=ROOT, env=environment, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("card", ["t4", "a10", "h100"])
+def test_every_kernel_compiles_and_fits(card: str) -> None:
+    from llmlab.kernels.cross_compile import compiled
+
+    capability = capability_of(card)
+    built = compiled(capability)
+    assert {b.kernel for b in built} >= {
+        "attend", "merge_partials", "norm_rows", "gate_rows", "rope_store", "copy_pool_blocks", "grouped_linear", "combine_pairs",
+        "argmax_rows", "draw_rows", "quant_gemv", "quant_gemm" if capability.tensor_cores else "widen",
+    }  # fmt: skip
+    assert max(b.shared for b in built) <= capability.shared_kib * 1024
+    assert any(b.tensor_cores for b in built if b.kernel == "attend") == capability.tensor_cores
+
+
+@needs_triton
+@pytest.mark.parametrize(("card", "head_dim", "group", "block_size"), [
+    ("t4", 64, 8, 16), ("t4", 96, 1, 32), ("a10", 80, 1, 32), ("a10", 32, 8, 16), ("h100", 96, 2, 32), ("h100", 64, 16, 16)])  # fmt: skip
+def test_attention_compiles_and_fits_for_many_heads(card: str, head_dim: int, group: int, block_size: int) -> None:
+    from llmlab.kernels.cross_compile import compiled, launch_attention
+
+    capability = capability_of(card)
+    built = compiled(capability, head_dim, group, block_size, launch_attention)
+    assert max(b.shared for b in built) <= capability.shared_kib * 1024
