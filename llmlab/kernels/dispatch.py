@@ -7,8 +7,8 @@ reference and replaces what it makes faster.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoic
 from llmlab.kernels.quantized import QuantizedTensor, WidenedExperts, WidenedLinear
 from llmlab.types import LabError
 
+KVCaches = Sequence[tuple[Tensor, Tensor]] | Mapping[int, tuple[Tensor, Tensor]]
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,6 +40,51 @@ class ExpertsImpl(Protocol):
         self, x: Tensor, router_logits: Tensor, top_k: int, renormalize: bool, act: str = "silu"
     ) -> Tensor:
         """`reference.moe` of these experts; x [T, d] -> [T, d]."""
+
+
+class LayerParts(NamedTuple):
+    """A plain dense layer: norm, attention, sum, norm, gated MLP, sum; norm weights of any dtype."""
+
+    attn_norm: Tensor
+    qkv: LinearImpl
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: LinearImpl
+    mlp_norm: Tensor
+    gate_up: LinearImpl
+    down: LinearImpl
+    window: int | None
+    rope: int
+
+
+class Rotations(NamedTuple):
+    """cos and sin of every position, [max_model_len, rotary_dim / 2] float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Common(NamedTuple):
+    """What all layers share. `scale` multiplies the scores, `softcap` bounds them."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    act: str
+    scale: float
+    softcap: float | None
+    rotations: tuple[Rotations, ...]
+
+
+class LayerProgram(Protocol):
+    """Layers that run as one call."""
+
+    def fits(self, kv_caches: KVCaches) -> bool:
+        """Whether a step on these can run here; else it runs operation by operation."""
+
+    def run(self, hidden: Tensor, positions: Tensor, meta: AttentionMetadata, span: range) -> Tensor:
+        """The layers of `span` on hidden [T, d], which is used up; what is behind them, [T, d] float32."""
 
 
 class Kernels(Protocol):
@@ -129,6 +175,9 @@ class Kernels(Protocol):
         act: str = "silu",
     ) -> Tensor: ...
 
+    def program(self, layers: Sequence[LayerParts], common: Common) -> LayerProgram | None:
+        """Plain layers compiled to one call with the same results; None where this set has nothing to gain."""
+
     def describe(self) -> list[KernelChoice]:
         """Which implementation runs each operation, and why."""
 
@@ -200,6 +249,9 @@ class BaseKernels:
         if norm_weight is not None:
             x = self.rms_norm(x, norm_weight, eps, weight_offset)
         return self.gated_act(lin_gate_up(x), act)
+
+    def program(self, layers: Sequence[LayerParts], common: Common) -> LayerProgram | None:
+        return None
 
     def describe(self) -> list[KernelChoice]:
         return [KernelChoice("all", "torch", "the reference: any device and dtype, no compilation")]

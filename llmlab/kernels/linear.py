@@ -55,13 +55,13 @@ def norm_row(x, k, weight, offset, eps, out):
 
 
 @compiled()
-def block_product(x, rows, k, panel, tile, storage):
-    """tile[rows, PANEL] = x[rows, k] @ panel[k, PANEL], all dense."""
+def block_product(x, rows, k, panel, tile, after, storage):
+    """tile[rows, PANEL] = x[rows, k] @ panel[k, PANEL], all dense; the weights at `after` are needed next."""
     for i in range(rows * PANEL):
         put(tile, i, np.float32(0.0))
     for start in range(0, k, DEPTH):
         depth, weights = min(DEPTH, k - start), panel + width(storage) * start * PANEL
-        ahead = weights + width(storage) * depth * PANEL
+        ahead = weights + width(storage) * depth * PANEL if start + depth < k else after
         product(x + 4 * start, k, weights, tile, PANEL, rows, depth, ahead, storage)
 
 
@@ -97,13 +97,15 @@ def write_rows(tile, rows, columns, out, stride):
 
 
 @spliced
-def task(a, x, row, panel, tile, storage):
+def task(a, x, row, panel, tile, after, storage):
     """One panel of outputs for one block of rows; with an activation, of gates and of ups (whole panels)."""
     rows, columns = min(ROWS, a.rows - row), min(PANEL, a.columns - panel * PANEL)
     halves = 1 if a.act == PLAIN else 2
     for half in range(halves):
         column, result = half * a.columns + panel * PANEL, tile + half * 4 * ROWS * PANEL
-        block_product(x + 4 * row * a.k, rows, a.k, a.w + width(storage) * a.k * column, result, storage)
+        weights, line = a.w + width(storage) * a.k * column, width(storage) * a.k
+        ahead = after if half + 1 == halves else weights + line * a.columns
+        block_product(x + 4 * row * a.k, rows, a.k, weights, result, ahead, storage)
         if a.bias != 0:
             add_rows(result, PANEL, rows, columns, a.bias + 4 * column, np.int64(0))
     result, at = tile + (halves - 1) * 4 * ROWS * PANEL, 4 * (row * a.columns + panel * PANEL)
@@ -130,7 +132,10 @@ def linear(a, storage):
     blocks = (a.rows + ROWS - 1) // ROWS
     first, last = share(thread, a.threads, (a.columns + PANEL - 1) // PANEL * blocks)
     for number in range(first, last):
-        task(a, x, number % blocks * ROWS, number // blocks, tile, storage)
+        after = a.w + width(storage) * a.k * PANEL * ((number + 1) // blocks)
+        if number + 1 == last and a.next_w != 0:
+            after = a.next_w + thread * a.next_panels // a.threads * a.next_size
+        task(a, x, number % blocks * ROWS, number // blocks, tile, after, storage)
 
 
 @compiled()
@@ -161,7 +166,9 @@ def gates_f32(pointer):
 
 
 GATE_REGION = Region(gates_f32, "gate_up out rows columns act")
-_FIELDS = "x rows k w columns bias residual out act norm_weight normed tiles"
+# `next_*`: where the weights of the linear layer behind this one lie, in panels and bytes of each, to be asked for
+# by a thread that is done; 0 if unknown.
+_FIELDS = "x rows k w columns bias residual out act norm_weight normed tiles next_w next_panels next_size"
 REGIONS = {
     dtype: Region(body, _FIELDS, floats="eps offset")
     for dtype, body in (
@@ -274,5 +281,5 @@ class PackedLinear:
         normed = tiles + 8 * threads * ROWS * PANEL
         return self._region.call(
             *(threads, x.data_ptr(), rows, depth, self._weight, columns, self._shift, address(residual)),
-            *(out.data_ptr(), act, address(norm_weight), normed, tiles, eps, weight_offset),
+            *(out.data_ptr(), act, address(norm_weight), normed, tiles, 0, 0, 0, eps, weight_offset),
         )

@@ -26,7 +26,8 @@ def rotate(x, cos, sin, half):
 @compiled()
 def turn_heads(a, x, heads, token, weight):
     """Norm (if weight is given) and rotate the heads of one token, in place."""
-    cos, sin = a.cos + 4 * token * a.half, a.sin + 4 * token * a.half
+    line = token if a.positions == 0 else get_long(a.positions, token)
+    cos, sin = a.cos + 4 * line * a.half, a.sin + 4 * line * a.half
     for head in range(heads):
         at = x + 4 * head * a.dim
         if weight != 0:
@@ -81,8 +82,9 @@ def norms_f32(pointer):
     norms(record(pointer))
 
 
+# `positions` tells which line of cos and sin is whose; 0: line i is token i's.
 _ROPE_FIELDS = (
-    "q q_stride q_heads k k_stride v v_stride heads tokens dim half cos sin q_norm k_norm "
+    "q q_stride q_heads k k_stride v v_stride heads tokens dim half cos sin positions q_norm k_norm "
     "k_cache v_cache block_stride head_stride block_size slots"
 )
 ROPE_REGIONS = {
@@ -133,7 +135,7 @@ def rope_store_call(
     return ROPE_REGIONS[k_cache.dtype].call(
         *(pool.threads_for(tokens), q.data_ptr(), q.stride(0), q_heads),
         *(k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), heads, tokens, dim),
-        *(half, cos.data_ptr(), sin.data_ptr(), address(q_norm), address(k_norm)),
+        *(half, cos.data_ptr(), sin.data_ptr(), 0, address(q_norm), address(k_norm)),
         *(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.stride(0), k_cache.stride(1), block_size),
         *(slot_mapping.data_ptr(), eps, weight_offset),
     )

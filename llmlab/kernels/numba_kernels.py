@@ -5,19 +5,23 @@ What a compiled kernel does not cover (odd head sizes, other dtypes) goes to the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from llmlab.kernels import reference
 from llmlab.kernels.attention_plan import AttnPlan, plan_attention
-from llmlab.kernels.dispatch import BaseKernels, ExpertsImpl, LinearImpl
+from llmlab.kernels.dispatch import BaseKernels, Common, ExpertsImpl, LayerParts, LayerProgram, LinearImpl
 from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoice
 from llmlab.kernels.linear import PLAIN, PackedLinear, dense, gate_rows
 from llmlab.kernels.moe import PackedExperts
 from llmlab.kernels.norm_rope import heads_dense, norm_rows, regular, rope_store_call
 from llmlab.kernels.numba_attention import attention_call, supports
 from llmlab.kernels.pool import Pool, openmp
+from llmlab.kernels.program import Program
 from llmlab.kernels.quantized import QuantizedTensor
-from llmlab.kernels.vector import SHAPE
+from llmlab.kernels.vector import LANES, SHAPE
 from llmlab.types import LabError
 
 
@@ -153,12 +157,31 @@ class NumbaKernels(BaseKernels):
     def gated_act(self, gate_up: Tensor, act: str = "silu") -> Tensor:
         return gate_rows(self.pool, gate_up, act).to(gate_up.dtype)
 
+    def program(self, layers: Sequence[LayerParts], common: Common) -> LayerProgram | None:
+        if common.head_dim % LANES or not all(map(_plain, layers)) or len(_dtypes(layers)) > 1:
+            return None
+        return Program(self.pool, self.plan, layers, common)
+
     def describe(self) -> list[KernelChoice]:
         team = f"{openmp().library}, {self.pool.num_threads} threads"
         tile = f"{SHAPE.rows} x {SHAPE.vectors} vectors of {SHAPE.lanes} floats"
         return [
             KernelChoice(*row) for row in (("threads", team, _WHY_TEAM), ("tile", tile, _WHY_TILE), *_CHOICES)
         ]
+
+
+def _plain(layer: LayerParts) -> bool:
+    """Whether a program can hold the layer: packed weights, and gates that fill whole panels."""
+    packed = all(
+        isinstance(lin, PackedLinear) for lin in (layer.qkv, layer.output, layer.gate_up, layer.down)
+    )
+    return packed and isinstance(layer.gate_up, PackedLinear) and layer.gate_up.gates_fuse
+
+
+def _dtypes(layers: Sequence[LayerParts]) -> dict[torch.dtype, None]:
+    """The dtypes of the packed weights."""
+    linears = (lin for x in layers for lin in (x.qkv, x.output, x.gate_up, x.down))
+    return dict.fromkeys(lin.panels.dtype for lin in linears if isinstance(lin, PackedLinear))
 
 
 _WHY_TEAM = "two pools on the same cores fight: an idle one keeps spinning"
@@ -183,6 +206,11 @@ _CHOICES = (
         "rope_store",
         "numba, one pass",
         "norm, rotation and KV write in one call instead of a dozen torch operators",
+    ),
+    (
+        "program",
+        "numba, one entry",
+        "plain layers run as one call: a step enters Python once, not for every operation",
     ),
     ("rms_norm", "numba", "one call instead of five torch operators"),
     ("experts", "numba linears, torch routing", "each expert's tokens form one batch"),

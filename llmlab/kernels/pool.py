@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numba import types
 
-from llmlab.kernels.vector import compiled
+from llmlab.kernels.vector import compiled, get_long, invoke
 
 # Resolved when machine code is loaded, by the names that `openmp` registers.
 thread_num: Any = types.ExternalFunction("llmlab_thread_num", types.int32())
@@ -100,6 +100,10 @@ class Region:
         """Arguments in the order of the fields. The tensors behind the addresses must outlive the run."""
         return self.address, threads, self._pack(threads, *values)
 
+    def records(self, count: int) -> np.ndarray:
+        """Room for the arguments of `count` calls, as a structured array whose columns are the fields."""
+        return np.zeros(count, self._record)
+
     @functools.cached_property
     def address(self) -> int:
         openmp()
@@ -116,6 +120,18 @@ class Region:
             if "locator" not in str(error):
                 raise
             return numba.cfunc(signature)(self._body)
+
+
+def sequence(pointer):  # type: ignore[no-untyped-def]
+    """One thread's part of several regions in a row: `calls` holds pairs of (address, record)."""
+    a = record(pointer)
+    for i in range(a.count):
+        if i > 0:
+            barrier()
+        invoke(get_long(a.calls, 2 * i), get_long(a.calls, 2 * i + 1))
+
+
+SEQUENCE = Region(sequence, "count calls")
 
 
 class _Scratch(threading.local):

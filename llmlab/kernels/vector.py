@@ -171,10 +171,10 @@ F32, BF16, F16 = np.float32(0), np.uint16(0), np.int16(0)
 @compiled()
 def product(x, x_stride, w, y, y_stride, rows, k, ahead, storage):
     """y[rows, PANEL] += x[rows, k] @ w[k, PANEL] for addresses x, y (float32) and w (`storage`); k > 0."""
-    while rows >= 6:
+    while rows >= 6 and rows != 8:  # 8 rows are two fours: two rows alone read weights faster than memory brings them
         _product_6(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
         x, y, rows, ahead = x + 24 * x_stride, y + 24 * y_stride, rows - 6, ahead + 64 * k
-    if rows >= 4:
+    while rows >= 4:
         _product_4(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
         x, y, rows, ahead = x + 16 * x_stride, y + 16 * y_stride, rows - 4, ahead + 64 * k
     if rows >= 2:
@@ -202,6 +202,19 @@ def scattered_product(x, x_stride, w, ahead, offset, y, y_stride, rows, k, stora
         x, y, rows = x + 8 * x_stride, y + 8 * y_stride, rows - 2
     if rows >= 1:
         _scattered_1(x, x_stride, w, y, y_stride, k, ahead, offset, storage)
+
+
+@intrinsic
+def invoke(context, function, argument):
+    """Call the function at an address with one pointer."""
+
+    def codegen(target, b, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte])
+        b.call(b.inttoptr(args[0], kind.as_pointer()), [b.inttoptr(args[1], byte)])
+        return target.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic

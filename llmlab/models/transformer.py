@@ -7,19 +7,27 @@ steps. The operations are those of `llmlab.kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmlab.kernels.dispatch import ExpertsImpl, Kernels, LinearImpl
+from llmlab.kernels.dispatch import (
+    Common,
+    ExpertsImpl,
+    Kernels,
+    KVCaches,
+    LayerParts,
+    LayerProgram,
+    LinearImpl,
+    Rotations,
+)
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.models.model_shape import ModelShape
 from llmlab.models.rope import RopeTable, Rotation
-
-KVCaches = Sequence[tuple[Tensor, Tensor]] | Mapping[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,27 @@ class Transformer:
             rope=shape.layer_ropes[index],
         )
 
+    @functools.cached_property
+    def _program(self) -> LayerProgram | None:
+        """All layers as one call, if they are plain and the kernels can."""
+        shape = self.shape
+        if shape.post_norms or any(map(shape.is_moe, range(shape.num_layers))):
+            return None
+        parts = [
+            LayerParts(
+                *(layer.attn_norm, layer.qkv, layer.q_norm, layer.k_norm, layer.output, layer.mlp_norm),
+                *(layer.mlp.gate_up, layer.mlp.down, layer.window, layer.rope),
+            )
+            for layer in self.layers
+            if isinstance(layer.mlp, DenseMLP)
+        ]
+        rotations = tuple(Rotations(rope.cos, rope.sin) for rope in self._ropes)
+        common = Common(
+            *(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rms_norm_eps, shape.activation),
+            *(shape.query_scale, shape.attn_softcap, rotations),
+        )
+        return self.kernels.program(parts, common)
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """`input_ids [T]` (int32 or int64) to the hidden states before layer 0, [T, hidden_size]."""
         hidden = F.embedding(input_ids, self._embedding)
@@ -123,16 +152,21 @@ class Transformer:
         positions: Tensor,
         meta: AttentionMetadata,
         kv_caches: KVCaches,
-        layers: Iterable[int] | None = None,
+        layers: range | None = None,
     ) -> Tensor:
-        """Run `layers` (all by default) and return the hidden states behind them, [T, hidden_size].
+        """Run `layers` (all by default) and return the hidden states behind them, [T, hidden_size], in the
+        dtype of `hidden` or in float32.
 
         `hidden [T, hidden_size]` is used up: it may be overwritten. `positions [T]` int. `kv_caches[i]`:
         k and v of layer i, each [num_blocks, num_kv_heads, block_size, head_dim], written at
         `meta.slot_mapping` before they are read.
         """
+        span = range(self.shape.num_layers) if layers is None else layers
+        program = self._program
+        if program is not None and span.step == 1 and program.fits(kv_caches):
+            return program.run(hidden, positions, meta, span)
         rotations = [rope.at(positions) for rope in self._ropes]
-        for i in range(self.shape.num_layers) if layers is None else layers:
+        for i in span:
             layer = self.layers[i]
             k_cache, v_cache = kv_caches[i]
             hidden = self._attention(layer, hidden, rotations[layer.rope], meta, k_cache, v_cache)

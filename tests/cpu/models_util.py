@@ -20,7 +20,7 @@ from llmlab.models.transformer import Transformer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 48,
-    "intermediate_size": 80,
+    "intermediate_size": 128,  # whole panels of every machine, so that plain layers become programs
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -49,15 +49,15 @@ LONGROPE = {
 
 # Case name: (config class of transformers, what differs from SIZES).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {}),
-    "llama3-rope": ("LlamaConfig", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "llama-bias": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    "llama": ("LlamaConfig", {"head_dim": 16}),
+    "llama3-rope": ("LlamaConfig", {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 16}),
+    "llama-bias": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "head_dim": 16}),
     "llama-linear": (
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ),
     "mistral": ("MistralConfig", {"sliding_window": 11, "head_dim": 16}),
-    "qwen2": ("Qwen2Config", {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 2}),
+    "qwen2": ("Qwen2Config", {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 2, "hidden_size": 64}),
     "qwen2-yarn": ("Qwen2Config", {"rope_parameters": YARN, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "gemma": ("GemmaConfig", {"head_dim": 16}),

@@ -102,6 +102,24 @@ def test_layer_spans_compose(tiny: Tiny) -> None:
     assert torch.equal(whole[0], cut[0])
 
 
+# Cases whose layers are plain and whose heads fill vectors. Others have experts, or norms behind their sublayers.
+PROGRAMS = ("gemma", "llama", "llama-bias", "llama3-rope", "mistral", "phi3", "qwen2", "qwen3")
+
+
+def test_a_program_yields_the_bits_of_its_operations(tiny: Tiny) -> None:
+    """Layers as one call, and as one call for each span, are the operations run one by one."""
+    whole, plain = tiny.load("numba"), tiny.load("numba")
+    plain.__dict__["_program"] = None
+    assert (whole._program is not None) == (tiny.case in PROGRAMS)
+    runs: list[list[Tensor]] = []
+    for model, spans in ((plain, None), (whole, None), (whole, [range(1), range(1, 3)])):
+        runner, rows = PagedRunner(model, 8, 16), [Row() for _ in tiny.prompts]
+        steps = [runner.step(rows, part, spans) for part in (tiny.prompts, [[5], [6], [7, 8], [9]])]
+        runs.append([logits for step in steps for logits in step])
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
+
+
 def test_written_checkpoint_is_the_same_model_to_transformers(tiny: Tiny, tmp_path: Path) -> None:
     shape = load_model(tiny.directory, kernels="torch").shape
     save_checkpoint(tmp_path, shape, Checkpoint(tiny.directory, shape, torch.float32))
