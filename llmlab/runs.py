@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
 
 from llmlab.events import trace
 
@@ -19,3 +21,10 @@ class Run(trace.Run):
         from llmlab.forking import fork
 
         return Run(fork(self, at, recorded, **changes))
+
+    def to_html(self, path: str | Path, theme: Literal["light", "dark", "auto"] = "auto") -> Path:
+        """Write the run as one HTML page that opens from disk without a network: the timeline to scrub and play, why each
+        request was late, figures, tables. Raises ConfigError for an unknown theme, TraceError if it cannot be written."""
+        # By name: pictures are drawn some floors above, and a run must load where they are not installed.
+        written: Path = import_module("llmlab.ui.report").write_report(self, path, theme=theme)
+        return written

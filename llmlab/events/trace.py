@@ -23,7 +23,7 @@ from llmlab.events.tracefile import read_trace, write_trace
 from llmlab.types import Cost, ItemResult, TraceError, WorkItem
 
 if TYPE_CHECKING:
-    from llmlab.events.why import Why
+    from llmlab.events.why import Index, Why
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -135,6 +135,13 @@ class Run:
             for e in self.log_events
             if isinstance(e, ev.StepPlanned) and (e.items or e.moves)
         ]
+
+    @cached_property
+    def index(self) -> Index:
+        """Where to look for the answers of `why`."""
+        from llmlab.events.why import Index
+
+        return Index(self)
 
     # -------------------------------------------------------------------------------- time travel
     def at(self, step: int) -> LabState:

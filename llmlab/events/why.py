@@ -6,7 +6,9 @@ ends in a recorded cause. Works on any trace; what its log level did not record 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -75,7 +77,7 @@ class Why(msgspec.Struct, frozen=True):
 
 def explain(run: Run, request: str, t: float | None = None) -> Why:
     """See `Run.why`. Raises TraceError for a request that the run does not know, or a time outside its life."""
-    own = [e for e in run.log_events if e.request == request]
+    own = run.index.of_request.get(request, [])
     arrived = next((e for e in own if isinstance(e, ev.RequestArrived)), None)
     if arrived is None:
         return _refused(run, request, own)
@@ -99,6 +101,26 @@ def _at(request: str, stretches: list[Stretch], t: float) -> list[Stretch]:
         raise TraceError("t", t, f"{request} did not live then",
                          f"It lived from {seconds(stretches[0].start)} to {seconds(stretches[-1].end)}.")  # fmt: skip
     return found[-1:]
+
+
+class Index:
+    """Where to look in a run, so that one answer does not read all of its events. Made once a run."""
+
+    def __init__(self, run: Run) -> None:
+        self.of_request: dict[str | None, list[ev.Event]] = {}
+        self.queue: list[ev.Event] = []
+        self.composed: dict[int, ev.Decision] = {}
+        for event in run.log_events:
+            if event.request is not None:
+                self.of_request.setdefault(event.request, []).append(event)
+            if isinstance(event, ev.Decision) and event.seam == "composer":
+                self.composed.setdefault(event.step, event)
+            if isinstance(event, (ev.RequestAdmitted, ev.RequestWaiting, ev.RequestResumed)) or (
+                    isinstance(event, ev.Decision) and event.seam in ("ordering", "admission")):  # fmt: skip
+                self.queue.append(event)
+        self.queue_seqs = [event.seq for event in self.queue]
+        self.steps = [step for step in run.steps if step.end is not None]
+        self.starts = [step.start for step in self.steps]
 
 
 # ------------------------------------------------------------------------------------- the stretches
@@ -150,13 +172,14 @@ def _headline(run: Run, request: str, stretches: Sequence[Stretch]) -> str:
 
 
 # -------------------------------------------------------------------------------------- the sentences
-def _within(run: Run, stretch: Stretch, kinds: tuple[type[ev.Event], ...]) -> list[ev.Event]:
-    first, last = stretch.cause, stretch.end
-    return [e for e in run.log_events if e.seq >= first and e.t <= last and isinstance(e, kinds)]
+def _within(run: Run, stretch: Stretch) -> list[ev.Event]:
+    """What happened to the queue in a stretch: admissions, waits, and the decisions on them."""
+    first = bisect_left(run.index.queue_seqs, stretch.cause)
+    return list(takewhile(lambda event: event.t <= stretch.end, islice(run.index.queue, first, None)))
 
 
 def _tell_queued(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
-    events = _within(run, stretch, (ev.RequestAdmitted, ev.RequestWaiting, ev.Decision, ev.RequestResumed))
+    events = _within(run, stretch)
     before = [e for e in events if isinstance(e, ev.RequestAdmitted) and e.request != request and e.t < stretch.end]
     names = list(dict.fromkeys(e.request or "" for e in before))
     if names:
@@ -203,17 +226,17 @@ def _tell_preempted(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
                f"(most blocks: {holders}).")  # fmt: skip
     victim = next((e for e in chain if isinstance(e, ev.Decision) and e.seam == "victim"), None)
     yield describe(victim) if victim else f"Its memory went to {event.beneficiary} (decisions were not recorded)."
-    tier = next((e for e in run.log_events if e.seq >= stretch.cause - 3 and isinstance(e, ev.Decision)
-                 and e.seam == "tiering" and e.request == request), None)  # fmt: skip
+    near = (e for e in run.index.of_request[request] if e.seq >= stretch.cause - 3)
+    tier = next((e for e in near if isinstance(e, ev.Decision) and e.seam == "tiering"), None)
     if tier is not None:
         yield describe(tier)
     if event.mode == "recompute":
         yield f"{count(event.tokens_lost, 'computed token')} were dropped."
     else:
         yield f"{count(event.num_blocks, 'block')} went to the host."
-    waits = [e for e in _within(run, stretch, (ev.RequestWaiting,)) if e.request == request]
+    waits = [e for e in _within(run, stretch) if isinstance(e, ev.RequestWaiting) and e.request == request]
     for wait in waits[:2]:
-        yield f"At {seconds(wait.t)} it could not come back: {wait.detail}."  # type: ignore[attr-defined]
+        yield f"At {seconds(wait.t)} it could not come back: {wait.detail}."
 
 
 def _tell_computing(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
@@ -224,8 +247,8 @@ def _tell_computing(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
     tokens = sum(item.num_tokens for _, item in spans)
     others = sum(step.num_tokens for step, _ in spans) - tokens
     yield (f"{count(tokens, 'token')} in {count(len(spans), 'step')}, beside {count(others, 'token')} of other requests.")
-    cut = next((e for step, item in spans if item.emit == "none" for e in run.events("Decision", step=step.step)
-                if e.seam == "composer"), None)  # fmt: skip
+    cut = next((run.index.composed[step.step] for step, item in spans
+                if item.emit == "none" and step.step in run.index.composed), None)  # fmt: skip
     if cut is not None:
         yield f"Its prompt was cut into chunks: {describe(cut)}"
 
@@ -260,7 +283,8 @@ def _steps_of(run: Run, request: str, stretch: Stretch) -> list[Step]:
 def _during(run: Run, stretch: Stretch) -> list[Step]:
     """Finished steps that were planned within the stretch. A step that ends a stretch is released just before it
     is logged as finished, so its beginning is what tells where it belongs."""
-    return [s for s in run.steps if s.end is not None and stretch.start <= s.start < stretch.end]
+    starts = run.index.starts
+    return run.index.steps[bisect_left(starts, stretch.start) : bisect_left(starts, stretch.end)]
 
 
 def _mean(steps: Sequence[Step]) -> float:

@@ -86,7 +86,8 @@ class Notes:
 def _decided(event: ev.Decision) -> Note:
     kind = {"admission": event.chosen if event.chosen in ("admit", "wait") else "admission", "composer": "batch",
             "ordering": "order", "victim": "victim", "tiering": "memory"}.get(event.seam, event.seam)  # fmt: skip
-    chosen = [] if kind in ("admit", "wait") or event.reason.startswith(event.chosen) else [event.chosen]
+    said = kind in ("admit", "wait") or event.chosen == event.policy or event.reason.startswith(event.chosen)
+    chosen = [] if said else [event.chosen]
     text = f"{event.policy}: {', '.join([*chosen, *filter(None, [event.reason])])}"
     cost = event.predicted.seconds if event.predicted is not None else None
     options = tuple(_option(a) for a in event.alternatives[:MAX_OPTIONS])

@@ -1,9 +1,9 @@
 """The report of a run: one HTML file that needs no server, no network and no llmlab to be read.
 
-    write_report(run, "report.html", texts={"r0": "391"}, verdicts={"r0": True})
+    write_report(run, "report.html", texts={"r0": "391"}, verdicts={"r0": True})       # run.to_html("report.html")
 
-Vega is inside the file and its content policy forbids every request, so it looks the same in ten years and in a lecture
-room without internet. Everything that came from outside (prompts, answers, ids) is escaped.
+The timeline widget is inside with all of the run, and Vega for the figures below it; the content policy forbids every
+request, so it looks the same in ten years and in a lecture room without internet. Everything that came from outside (prompts, answers, ids) is escaped.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import msgspec
 from llmlab.events.export import perfetto_trace
 from llmlab.types import ConfigError, TraceError
 from llmlab.ui import figures, theme
+from llmlab.ui.offline import timeline_script
 from llmlab.ui.tables import (
     Texts,
     decision_section,
@@ -82,12 +83,13 @@ def report_html(run: Run, texts: Texts, why: Sequence[str], opens: str) -> str:
     """The whole page."""
     with theme.enable("light"):
         drawn = [drawing(name, function(run)) for name, function in _FIGURES.items()]
-    return page_html(headline(run), drawn, _body(run, texts, why, {f.name: f for f in drawn}), opens)
+    body = _body(run, texts, why, {f.name: f for f in drawn})
+    return page_html(headline(run), drawn, body, opens, timeline_script(run, "widget"))
 
 
-def page_html(title: str, drawn: Iterable[Figure], body: Iterable[str], opens: str = "light") -> str:
+def page_html(title: str, drawn: Iterable[Figure], body: Iterable[str], opens: str = "light", module: str = "") -> str:
     """A page with Vega inside: `body` is HTML with a `figure_card` for each figure that it shows, and a button with the
-    id `theme`; `title` is plain text."""
+    id `theme`; `title` is plain text; `module`: a script of its own, run first."""
     import vl_convert
 
     vega = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub says that the snippet is needed
@@ -98,8 +100,10 @@ def page_html(title: str, drawn: Iterable[Figure], body: Iterable[str], opens: s
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)} · llmlab</title>\n<style>{_asset('report.css')}</style>\n</head>\n<body>",
         *body,
-        f"<script>{vega}</script>",
-        f"<script>const FIGURES = {_json(specs)};\n{_asset('report.js')}</script>\n</body>\n</html>\n",
+        f"<script type=module>{module}</script>" if module else "",
+        f'<script type="text/plain" id=vega>{_zipped(vega.encode())}</script>',
+        f'<script type="text/plain" id=figures>{_zipped(msgspec.json.encode(specs))}</script>',
+        f"<script>{_asset('report.js')}</script>\n</body>\n</html>\n",
     ])  # fmt: skip
 
 
@@ -116,10 +120,9 @@ def _asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
-def _json(value: Any) -> str:
-    """JSON that may stand inside a script element."""
-    text = msgspec.json.encode(value).decode()
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+def _zipped(data: bytes) -> str:
+    """gzip in base64: a quarter of the size, and nothing in it can end a script element."""
+    return base64.b64encode(gzip.compress(data, mtime=0)).decode()
 
 
 # --------------------------------------------------------------------------------------- figures
@@ -149,7 +152,7 @@ def figure_card(f: Figure) -> str:
 
 
 # ------------------------------------------------------------------------------------------ page
-_NAVIGATION = (("timeline", "Timeline"), ("memory", "Memory"), ("steps", "Steps"), ("latency", "Latency"),
+_NAVIGATION = (("timeline", "Timeline"), ("memory-figure", "Memory"), ("steps-figure", "Steps"), ("latency", "Latency"),
                ("why", "Why"), ("requests", "Requests"), ("decisions", "Decisions"), ("trace", "Trace"))  # fmt: skip
 
 
@@ -159,8 +162,9 @@ def _body(run: Run, texts: Texts, why: Sequence[str], drawn: Mapping[str, Figure
     yield f"<header><h1>{html.escape(headline(run))}</h1><p class=lead>{html.escape(lead(run))}</p>"
     yield f"{fact_list(run)}{settings(run)}</header>"
     yield tiles(run)
+    yield '<section id=timeline><div class="card widget" id=widget></div></section>'
     for name in ("timeline", "memory", "steps"):
-        yield f'<section id="{name}">{figure_card(drawn[name])}</section>'
+        yield f'<section id="{name}-figure">{figure_card(drawn[name])}</section>'
     yield f"<section id=latency><div class=pair>{figure_card(drawn['ttft'])}{figure_card(drawn['predicted'])}</div></section>"
     yield why_section(run, why)
     yield request_section(run, texts)
@@ -173,7 +177,7 @@ def _body(run: Run, texts: Texts, why: Sequence[str], drawn: Mapping[str, Figure
 def _trace(run: Run) -> str:
     """How to see the run in Perfetto, with the trace inside the page if it is small."""
     if len(run.log_events) <= MAX_TRACE_EVENTS:
-        packed = base64.b64encode(gzip.compress(msgspec.json.encode(perfetto_trace(run)), mtime=0)).decode()
+        packed = _zipped(msgspec.json.encode(perfetto_trace(run)))
         first = f'<button id=save type=button data-trace="{packed}">Save trace.json</button>, which is inside this page.'
     else:
         first = "In Python: <code>run.to_perfetto(\"trace.json\")</code>."

@@ -37,12 +37,12 @@ def test_report_opens_from_disk(browser: Any, report: Path, screenshots: Path, s
     page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda e: complaints.append(str(e)))
     page.goto(report.as_uri())
-    page.wait_for_selector("svg.marks, canvas.marks, canvas, svg", timeout=20_000)
-    page.wait_for_timeout(500)
+    page.wait_for_selector("html[data-drawn=yes]", timeout=20_000)
+    page.wait_for_selector(".llt[data-drawn=yes]", timeout=20_000)
     page.screenshot(path=screenshots / f"report_{scheme}_{width}.png", full_page=True)
     assert complaints == []
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
-    drawings = page.locator("svg, canvas").count()
+    drawings = page.locator(".plot svg").count()
     assert drawings >= 4, f"only {drawings} figures were drawn"
     too_wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert too_wide <= 0, f"the page is {too_wide} px too wide at {width} px"

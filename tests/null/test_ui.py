@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import html
 import json
 import random
@@ -273,9 +275,9 @@ def test_report_is_one_offline_file(tmp_path):
     page = path.read_text()
     assert path.stat().st_size < 3e6 and __import__("altair").theme.active == before
     assert "default-src 'none'" in page
-    outside_script = re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    outside_script = re.sub(r"<script\b.*?</script>", "", page, flags=re.S)
     assert not re.search(r"(src|href)\s*=\s*[\"']?(?!#)\w+:|@import|url\(", outside_script)
-    assert page.count("<script>") == page.count("</script>") == 2
+    assert page.count("<script") == page.count("</script>") == 4
     text = html.unescape(re.sub(r"<[^>]+>", " ", outside_script))
     for name, request in run.requests.items():
         assert re.search(rf"\b{name}\b", text)
@@ -283,17 +285,35 @@ def test_report_is_one_offline_file(tmp_path):
     assert "simulated" in text and "run.why" in text and "Perfetto" in text
 
 
-def test_report_carries_its_figures_and_its_trace(tmp_path):
-    import base64
-    import gzip
+def carried(page: str, element: str) -> bytes:
+    """What a page carries, zipped, in a script element."""
+    return gzip.decompress(base64.b64decode(re.search(rf"id={element}>([^<]+)<", page).group(1)))
 
+
+def test_report_carries_its_figures_and_its_trace(tmp_path):
     page = report.write_report(simulate(), tmp_path / "report.html").read_text()
-    figures_json = re.search(r"const FIGURES = (\{.*?\});\n", page).group(1)
-    drawn = json.loads(figures_json)
+    drawn = json.loads(carried(page, "figures"))
+    assert b"vegaEmbed" in carried(page, "vega")
     assert set(drawn) == set(re.findall(r'data-figure="(\w+)"', page)) == {"timeline", "memory", "steps", "ttft", "predicted"}
     assert all(set(f["specs"]) == {"light", "dark"} and f["datasets"] for f in drawn.values())
     packed = re.search(r'data-trace="([^"]+)"', page).group(1)
     assert json.loads(gzip.decompress(base64.b64decode(packed)))["traceEvents"]
+
+
+def test_report_carries_its_timeline_and_an_answer_for_every_request(tmp_path):
+    run = simulate()
+    page = run.to_html(tmp_path / "run.html").read_text()
+    data, whys = (json.loads(gzip.decompress(base64.b64decode(text))) for text in re.findall(r"bytes\('([^']+)'\)", page))
+    assert [r[1] for r in data["requests"]] == list(run.requests) == list(whys)
+    assert data["meta"]["title"].startswith(max(run.requests.values(), key=lambda r: r.ttft or 0).request)
+    for name in run.requests:
+        assert whys[name]["headline"].split(" us")[0] in str(run.why(name)).replace(" us ", " µs ")
+    assert set(data["meta"]["colours"]) == {"light", "dark"} and data["meta"]["colours"]["dark"]["decode"] == theme.DARK.decode
+
+
+def test_a_page_of_a_thousand_requests_stays_below_two_megabytes(tmp_path):
+    run = simulate(n=1000, rate=3000.0, num_blocks=200)
+    assert run.to_html(tmp_path / "run.html").stat().st_size < 2e6
 
 
 def test_report_shows_texts_and_escapes_them(tmp_path):

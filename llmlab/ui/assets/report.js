@@ -1,11 +1,24 @@
-// Draws FIGURES into their places, as wide as the page allows, in the theme of the page.
+// Draws the figures into their places, as wide as the page allows, in the theme of the page.
 "use strict";
+let FIGURES = {};
 const root = document.documentElement;
 const button = document.getElementById("theme");
 const margins = {}; // pixels that axes and padding of a figure need besides its plotting area
 
 if (root.dataset.theme === "auto") {
   root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+}
+
+async function unzipped(text) {
+  const packed = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+  return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip")));
+}
+
+async function load() {
+  const vega = document.createElement("script");
+  vega.textContent = await (await unzipped(document.getElementById("vega").textContent)).text();
+  document.head.append(vega);
+  FIGURES = await (await unzipped(document.getElementById("figures").textContent)).json();
 }
 
 function setWidth(spec, width) {
@@ -48,13 +61,11 @@ addEventListener("resize", () => {
 
 const save = document.getElementById("save");
 if (save) save.addEventListener("click", async () => {
-  const packed = Uint8Array.from(atob(save.dataset.trace), c => c.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(await new Response(stream).blob());
+  link.href = URL.createObjectURL(await (await unzipped(save.dataset.trace)).blob());
   link.download = "trace.json";
   link.click();
   URL.revokeObjectURL(link.href);
 });
 
-drawAll();
+load().then(drawAll);

@@ -591,7 +591,7 @@ class View {
   draw() {
     const b = this.book, s = b.steps, row = this.row;
     this.drawn = this.window;
-    this.play.textContent = this.playing ? "Pause" : this.isLive ? "Follow" : "Play";
+    this.play.ariaLabel = this.play.textContent = this.playing ? "Pause" : this.isLive ? "Follow" : "Play";
     this.speed.hidden = this.isLive;
     this.speed.value = this.model.get("speed");
     this.drawOver(); this.drawLines(); this.drawStrip(); this.drawWall();
@@ -704,7 +704,7 @@ class View {
   drawRequest(g, r, y, h, x, z, wide) {
     const c = this.c, chosen = this.model.get("selected"), faded = chosen && chosen !== r.id && chosen !== "";
     const thick = Math.max(1, h * 0.66), thin = Math.max(1, Math.min(4, h * 0.24)), middle = y + h / 2;
-    g.globalAlpha = faded ? 0.42 : 1;
+    g.globalAlpha = faded ? 0.55 : 1;
     if (r === this.hover || chosen === r.id) { g.globalAlpha = 0.14; g.fillStyle = c.decode; g.fillRect(LEFT, y, wide, h); g.globalAlpha = 1; }
     const bar = (kind, from, to) => {
       const x0 = x(from), w = Math.max(x(to) - x0, kind === QUEUED || kind === HELD ? 0.3 : 0.8);
@@ -713,7 +713,7 @@ class View {
       g.fillStyle = [c.waiting, c.prefill, c.decode, c.preempted, c.transfer, h > 6 ? this.hatch(g, c.prefill, c.paper) : c.prefill, c.waiting][kind];
       if (kind === HELD) g.globalAlpha *= 0.55;
       g.fillRect(x0, middle - size / 2, w, size);
-      if (kind === HELD) g.globalAlpha = faded ? 0.42 : 1;
+      if (kind === HELD) g.globalAlpha = faded ? 0.55 : 1;
       if ((kind === PREEMPTED || kind === SWAPPED) && h > 4) this.cross(g, x0, middle, Math.min(4.5, h * 0.3));
     };
     for (const s of r.spans) bar(s.kind, s.a, s.b);
@@ -850,7 +850,8 @@ class View {
     this.log.replaceChildren(...shown.map(note => this.entry(note, note.step >= step)));
     if (!shown.length) this.log.replaceChildren(make("li", {}, b.meta.level < 2 ? "Decisions are recorded from log_level=2 on." : "No decision yet."));
     this.log.scrollTop = 0;
-    const words = current.slice(0, 6).map(n => `${this.name(n)} ${n.kind}: ${n.text}`).join(". ");
+    const loud = note => ["failed", "preempt", "refuse", "victim"].indexOf(note.kind) + 1 || 9; // these first, if there are many
+    const words = current.slice().sort((a, b) => loud(a) - loud(b)).slice(0, 6).map(n => `${this.name(n)} ${n.kind}: ${n.text}`).join(". ");
     const speech = b.length ? `Step ${step}. ${words || "Nothing new."}` : "";
     if (this.live.textContent !== speech && !(this.isLive && this.follow && !current.length)) this.live.textContent = speech;
   }
