@@ -27,3 +27,29 @@ def slot(table, block_size, position):
 def turning_batch(peak, bandwidth, bytes_per_weight):
     """Tokens in a step from which the arithmetic takes as long as fetching the weights."""
     return peak / bandwidth * bytes_per_weight / 2
+
+
+# %% 05
+class Considerate:
+    """Decodes first; beside them at most `most` prompt tokens in a step."""
+
+    def __init__(self, most=128):
+        self.most = most
+
+    def compose(self, view, offers):
+        decodes, prompts = split(offers.running)
+        limits = view.limits
+        writing = fill(decodes, limits.max_num_batched_tokens, limits.max_num_seqs)
+        room = limits.max_num_batched_tokens - len(writing)
+        reading = min(room, self.most) if writing else room
+        return [*writing, *fill([*prompts, *offers.waiting], reading, limits.max_num_seqs - len(writing))]
+
+
+# %% 06
+class Patient:
+    """Shortest job first, but not for ever."""
+
+    refresh = "arrival"  # the key is computed once, when a request enters the queue
+
+    def key(self, request, now):
+        return job_length(request) + 20 * request.arrival

@@ -18,7 +18,8 @@ Check = Callable[[Any], Iterator[str]]
 # The check of an exercise: `module:function` in this package; it yields a sentence for everything that is wrong.
 EXERCISES: Mapping[str, str] = {
     "nucleus": "tokens:nucleus", "latencies": "times:latencies", "slot": "blocks:slot",
-    "turning_batch": "costs:turning_batch",
+    "turning_batch": "costs:turning_batch", "considerate": "composing:considerate",
+    "patient": "ordering:patient",
 }
 MOST = 3  # sentences shown at a time: a learner mends one thing after the other
 
