@@ -29,6 +29,7 @@ from llmlab.scheduling.placement import PLACEMENTS
 from llmlab.scheduling.preemption import VICTIMS
 from llmlab.scheduling.scheduler import Policies, Scheduler
 from llmlab.scheduling.seamcalls import Seam, checked_key, unchecked
+from llmlab.scheduling.weights import WEIGHT_PLACEMENTS
 from llmlab.seams import BlockView, CostModel, Eviction, Limits
 from llmlab.types import ConfigError
 from roofline import hardware as hw
@@ -36,11 +37,13 @@ from roofline import shapes
 from roofline.errors import RooflineError
 
 if TYPE_CHECKING:
+    from llmlab.execution.offload import ExpertOffload
     from llmlab.models.loader import LoadedModel
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "ordering": ORDERINGS, "admission": ADMISSIONS, "composer": COMPOSERS, "victim": VICTIMS,
     "placement": PLACEMENTS, "eviction": EVICTIONS, "tiering": TIERINGS, "decoding": DECODING_METHODS,
+    "weights": WEIGHT_PLACEMENTS,
 }  # fmt: skip
 # The KV pool of a real engine, if nobody says how large: enough for the lab models, harmless for large ones.
 DEFAULT_KV_BYTES = 512 << 20
@@ -81,6 +84,7 @@ class Backend(NamedTuple):
     threads_why: str
     bytes_per_token: float
     precision: str
+    offload: ExpertOffload | None = None
 
 
 def register(seam: str, name: str, factory: Any) -> None:
@@ -103,6 +107,8 @@ def assemble(config: EngineConfig) -> Assembly:
     limits = _limits(config, backend.model, num_blocks)
     metrics = MetricsFold()
     log = _log(config, clock, metrics)
+    if backend.offload is not None and backend.loaded is not None:
+        backend.offload.start(backend.loaded.model, _seam(config, log, "weights"), config.num_expert_slots)
     executor = _executor(config, backend, clock, num_blocks, num_host_blocks)
     scheduler = build_scheduler(config, backend.cost, limits, log, num_blocks, num_host_blocks)
     effective = {**config.describe(), "num_blocks": num_blocks, "num_host_blocks": num_host_blocks,
@@ -202,7 +208,9 @@ def _torch_backend(config: EngineConfig) -> Backend:
     threads = choose_threads(config.num_threads)
     dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
     kernels = make_kernels(config.kernels, device, _torch_dtype(torch, dtype), threads.num_threads)
-    loaded = load_model(config.model, dtype, device, kernels, config.random_weights, config.seed, config.max_model_len)
+    offload = _offload(config, kernels, device)
+    loaded = load_model(config.model, dtype, device, offload.kernels if offload else kernels, config.random_weights,
+                        config.seed, config.max_model_len, _hold(config))  # fmt: skip
     shape = roofline_shape(loaded)
     precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(loaded.dtype).removeprefix("torch.")]
     machine = _hardware(config.hardware or ("cpu-2core" if device == "cpu" else "a10"))
@@ -213,7 +221,28 @@ def _torch_backend(config: EngineConfig) -> Backend:
     facts = ModelFacts(loaded.name, shape.vocab_size, loaded.max_model_len, loaded.eos_token_ids, shape)
     tokenizer = loaded.tokenizer if hasattr(loaded.tokenizer, "vocab_size") else None
     cost = RooflineCost(shape, machine.name, config.block_size, precision, _host(config))
-    return Backend(facts, cost, machine, tokenizer, loaded, threads.why, shape.kv_bytes_per_token(precision), precision)
+    return Backend(facts, cost, machine, tokenizer, loaded, threads.why, shape.kv_bytes_per_token(precision), precision, offload)
+
+
+def _offload(config: EngineConfig, kernels: Any, device: str) -> ExpertOffload | None:
+    """Who keeps a mixture's experts, if they are not to be on the device all together."""
+    if config.weights == "resident":
+        return None
+    from llmlab.execution.offload import ExpertOffload
+    from llmlab.kernels.dispatch import make_kernels
+
+    return ExpertOffload(kernels, make_kernels(config.kernels if device == "cpu" else "auto"), device)
+
+
+def _hold(config: EngineConfig) -> Any:
+    """Who keeps a model's layers: everybody's memory, or a window that slides over them."""
+    from llmlab.execution.offload import LayerWindow
+    from llmlab.models.transformer import held_in_memory
+
+    if config.layer_window is None:
+        return held_in_memory
+    size = config.layer_window
+    return lambda num_layers, make: LayerWindow(num_layers, size, make)
 
 
 def _device(config: EngineConfig, torch: Any) -> str:
@@ -306,4 +335,4 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: 
     from llmlab.execution.torch_executor import TorchExecutor
 
     return TorchExecutor(backend.loaded, num_blocks, num_host_blocks, config.block_size, config.seed,
-                         asynchronous=config.overlap_depth > 0)  # fmt: skip
+                         asynchronous=config.overlap_depth > 0, offload=backend.offload)  # fmt: skip

@@ -11,6 +11,7 @@ from llmlab.registry import policy_name
 from llmlab.types import ConfigError, unknown_name
 
 SEAM_FIELDS = ("ordering", "admission", "composer", "victim", "placement", "eviction", "tiering", "decoding")
+PLUG_IN_FIELDS = (*SEAM_FIELDS, "weights")  # take a name or an object; the seams among them may change while a run goes on
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,7 +19,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     Sizes are in tokens, blocks or requests; times in seconds. `num_blocks=None` sizes the KV pool from
     memory; `num_host_blocks=None` makes the host tier as large as the pool. `overlap_depth=1` plans the next
-    step while the previous one runs. `host` names the CPU beside the device, for the cost of what is placed there.
+    step while the previous one runs. `weights` places the experts of a mixture of which only `num_expert_slots` (over all
+    layers; None: a quarter) fit on the device; `layer_window` keeps only so many layers of a model in memory and reads the
+    others from disk as they come round. `host` names the CPU beside the device, for the cost of what is placed there.
     Raises ConfigError.
     """
 
@@ -50,6 +53,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     eviction: Any = "lru"
     tiering: Any = "recompute"
     decoding: Any = "autoregressive"
+    weights: Any = "resident"
+    num_expert_slots: int | None = None
+    layer_window: int | None = None
 
     seed: int = 0
     log_level: int = 2
@@ -65,7 +71,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             self._at_least(name, 1)
         for name in ("overlap_depth", "check_interval", "num_alternatives"):
             self._at_least(name, 0)
-        for name, low in (("num_blocks", 1), ("num_host_blocks", 0), ("max_model_len", 1), ("num_threads", 1)):
+        for name, low in (("num_blocks", 1), ("num_host_blocks", 0), ("max_model_len", 1), ("num_threads", 1),
+                          ("num_expert_slots", 1), ("layer_window", 2)):
             if getattr(self, name) is not None:
                 self._at_least(name, low)
         self._one_of("executor", ("torch", "sim"))
@@ -99,7 +106,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def describe(self) -> dict[str, Any]:
         """Plain data for the first event of a run; plug-in objects appear under their names."""
         values = {name: getattr(self, name) for name in self.__struct_fields__}
-        for name in SEAM_FIELDS:
+        for name in PLUG_IN_FIELDS:
             values[name] = values[name] if isinstance(values[name], str) else policy_name(values[name])
         return values
 

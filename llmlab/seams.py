@@ -11,7 +11,7 @@ Rules for every policy
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -182,6 +182,89 @@ class Placement(Protocol):
     """On which device and lane each item runs."""
 
     def place(self, view: EngineView, items: Sequence[WorkItem]) -> Sequence[WorkItem]: ...
+
+
+Where = Literal["device", "fetch", "stream", "cpu", "defer"]
+
+
+class ExpertId(NamedTuple):
+    """One expert of one layer: a unit of weights that is moved as a whole. A dense layer is its own expert 0."""
+
+    layer: int
+    expert: int
+
+
+class ExpertUse(msgspec.Struct, frozen=True):
+    """`num_tokens` tokens of a step want this expert; `weight` is the sum of their gate weights."""
+
+    expert: int
+    num_tokens: int
+    weight: float
+
+
+class UnitView(msgspec.Struct, frozen=True):
+    """A unit on the device that may leave. `last_used`, `loaded_at` count layers executed since the run began."""
+
+    unit: ExpertId
+    last_used: int
+    loaded_at: int
+    num_uses: int
+
+
+@runtime_checkable
+class ExpertCosts(Protocol):
+    """Seconds. `fetch`: one expert over the host link. `device`, `cpu`: one expert's arithmetic for that many tokens,
+    the weights read once; `cpu` includes the tokens' way to the host and back."""
+
+    @property
+    def fetch(self) -> float: ...
+
+    def device(self, num_tokens: int) -> float: ...
+
+    def cpu(self, num_tokens: int) -> float: ...
+
+
+class RoutingView(msgspec.Struct, frozen=True):
+    """What is known when the router of `layer` has spoken.
+
+    `resident`: experts of this layer on the device or on their way. `guess`: what the next layer's router says of this
+    layer's input, empty in the last layer. `counts[layer][expert]`: tokens of this step so far, 0 for layers to come.
+    `past`: the counts of earlier steps, the newest last.
+    """
+
+    step: int
+    layer: int
+    num_layers: int
+    uses: tuple[ExpertUse, ...]
+    resident: tuple[int, ...]
+    num_slots: int
+    guess: tuple[ExpertUse, ...]
+    counts: tuple[tuple[int, ...], ...]
+    past: tuple[tuple[tuple[int, ...], ...], ...]
+    costs: ExpertCosts
+
+
+@runtime_checkable
+class WeightPlacement(Protocol):
+    """Where the experts lie and where their work is done, when not all of them fit on the device.
+
+    `place` answers for each expert in use: `device` (it is resident), `fetch` (bring it, keep it), `stream` (bring it,
+    do not keep it), `cpu` (compute there), or `defer` (compute there and add the result one layer later).
+    """
+
+    def initial(self, popularity: Sequence[Sequence[float]], num_slots: int) -> Sequence[ExpertId]:
+        """Units to load before the run; `popularity[layer][expert]` was measured on other work."""
+        ...
+
+    def place(self, view: RoutingView) -> Mapping[int, Where]: ...
+
+    def prefetch(self, view: RoutingView) -> Sequence[ExpertId]:
+        """Units to bring next, the most urgent first, while nothing else needs the link."""
+        ...
+
+    def score(self, unit: UnitView, incoming: ExpertId, view: RoutingView) -> Key:
+        """Which unit leaves to make room for `incoming`: the smallest score."""
+        ...
 
 
 # --------------------------------------------------------------------------------- D: KV memory

@@ -325,6 +325,30 @@ class ResourceSpan(msgspec.Struct, frozen=True, omit_defaults=True):
     request: str | None = None
 
 
+class ExpertDispatch(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where one layer's experts were computed in a step. `fetched` ones came over the host link for it; `deferred` ones are
+    added one layer later."""
+
+    layer: int
+    device: tuple[int, ...] = ()
+    fetched: tuple[int, ...] = ()
+    cpu: tuple[int, ...] = ()
+    deferred: tuple[int, ...] = ()
+
+
+class WeightMove(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One expert's way to the device. Bytes; seconds on the link or in the copying thread. `evicted`: (layer, expert) of
+    the one that made room, `unused` if it had never been of use."""
+
+    layer: int
+    expert: int
+    reason: Literal["initial", "demand", "prefetch"]
+    num_bytes: int
+    seconds: float
+    evicted: tuple[int, int] | None = None
+    unused: bool = False
+
+
 class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
     """What came back from the executor for one StepPlan."""
 
@@ -332,6 +356,8 @@ class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
     results: tuple[ItemResult, ...]
     durations: Durations = Durations()
     spans: tuple[ResourceSpan, ...] = ()
+    experts: tuple[ExpertDispatch, ...] = ()
+    weight_moves: tuple[WeightMove, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------- costs

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 import typer
 
-from llmlab.config import SEAM_FIELDS, EngineConfig
+from llmlab.config import PLUG_IN_FIELDS, EngineConfig
 
 HIDDEN_FIELDS = ("trace",)  # --trace is an option of its own
 
@@ -59,6 +59,9 @@ ABOUT: Mapping[str, About] = {
     "eviction": About("Policies", "Which cached block to give away."),
     "tiering": About("Policies", "What becomes of a victim's KV: recompute or swap."),
     "decoding": About("Policies", "How tokens become answers."),
+    "weights": About("Policies", "Where the experts of a mixture lie and are computed."),
+    "num_expert_slots": About("Model and machine", "Experts that fit on the device, with --weights; auto: a quarter of them."),
+    "layer_window": About("Model and machine", "Layers kept in memory while the others are read from disk; auto: all."),
     "seed": About("Log and limits", "Seed of all random numbers."),
     "log_level": About("Log and limits", "0 metrics, 1 lifecycle, 2 decisions, 3 blocks, 4 kernels."),
     "log_capacity": About("Log and limits", "Events kept in memory; a trace file keeps all."),
@@ -118,8 +121,8 @@ def _parameter(name: str, hint: Any, shown: str) -> inspect.Parameter:
     choices = f" One of {', '.join(get_args(hint))}." if get_origin(hint) is Literal else ""
     option = typer.Option(
         *_option_names(name), help=f"{about.text}{choices} [dim]\\[default: {shown}][/dim]", rich_help_panel=about.panel,
-        show_default=False, metavar="NAME" if choices or name in SEAM_FIELDS else None,
-        autocompletion=_completion(name) if name in SEAM_FIELDS else None,
+        show_default=False, metavar="NAME" if choices or name in PLUG_IN_FIELDS else None,
+        autocompletion=_completion(name) if name in PLUG_IN_FIELDS else None,
     )  # fmt: skip
     kind = _scalar(hint) | None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])

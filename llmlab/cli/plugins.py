@@ -15,13 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from llmlab.config import SEAM_FIELDS
+from llmlab.config import PLUG_IN_FIELDS
 from llmlab.types import ConfigError
 
 
 def with_plug_ins(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an EngineConfig, every `module:Class` among its seams loaded. Raises ConfigError."""
-    return {name: plug_in(name, value) if name in SEAM_FIELDS else value for name, value in fields.items()}
+    return {name: plug_in(name, value) if name in PLUG_IN_FIELDS else value for name, value in fields.items()}
 
 
 def plug_in(field: str, text: Any) -> Any:

@@ -301,6 +301,38 @@ class JoinWait(Event, frozen=True, tag=True):
     op: str
 
 
+class ExpertsDispatched(Event, frozen=True, tag=True):
+    """Where one layer's experts were computed in a step: resident on the device, fetched for it, on the CPU, or there with
+    the result added one layer later."""
+
+    LEVEL: ClassVar[int] = 3
+    layer: int
+    device: tuple[int, ...] = ()
+    fetched: tuple[int, ...] = ()
+    cpu: tuple[int, ...] = ()
+    deferred: tuple[int, ...] = ()
+
+
+class ExpertFetched(Event, frozen=True, tag=True):
+    """An expert came to the device. `seconds` on the link."""
+
+    LEVEL: ClassVar[int] = 3
+    layer: int
+    expert: int
+    bytes: int
+    reason: Literal["initial", "demand", "prefetch"]
+    seconds: float = 0.0
+
+
+class ExpertEvicted(Event, frozen=True, tag=True):
+    """An expert left the device for another. `unused`: it had been brought in vain."""
+
+    LEVEL: ClassVar[int] = 3
+    layer: int
+    expert: int
+    unused: bool = False
+
+
 # ------------------------------------------------------------------------------------- decoding
 class RolledBack(Event, frozen=True, tag=True):
     """Computed tokens were cut back to `num_computed_tokens` (a sampled token had ended the request,
@@ -339,7 +371,8 @@ AnyEvent = (
     RunStarted | PolicyFailed | Reconfigured | InvariantViolated | RequestArrived | RequestRefused | RequestWaiting
     | RequestAdmitted | RequestPreempted | RequestResumed | FinishRequested | FirstToken | TokensReleased
     | RequestFinished | ReserveFailed | PrefixMatched | BlocksReserved | BlockReplaced | BlocksReleased
-    | BlockCached | BlockEvicted | KVMoved | KVDropped | StepPlanned | StepFinished | Span | Idle
+    | BlockCached | BlockEvicted | KVMoved | KVDropped | ExpertsDispatched | ExpertFetched | ExpertEvicted
+    | StepPlanned | StepFinished | Span | Idle
     | JoinWait | RolledBack | Decision
 )  # fmt: skip
 EVENT_TYPES: dict[str, type[Event]] = {kind.__name__: kind for kind in AnyEvent.__args__}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmlab.decoding.sampler import SampleRow, prompt_logprobs, sample
 from llmlab.execution.base import Done, Row, StepBatch, Ticket
+from llmlab.execution.offload import ExpertOffload, LayerWindow
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.models.loader import LoadedModel
 from llmlab.types import Durations, ItemResult, Move, RequestError, StepResult, TokenLogprobs
@@ -58,8 +59,9 @@ class TorchExecutor:
     mode: Literal["measured", "simulated"] = "measured"
 
     def __init__(self, loaded: LoadedModel, num_blocks: int, num_host_blocks: int, block_size: int, seed: int,
-                 asynchronous: bool) -> None:  # fmt: skip
+                 asynchronous: bool, offload: ExpertOffload | None = None) -> None:  # fmt: skip
         self._model = loaded.model
+        self._offload = offload
         self._loaded = loaded
         self._block_size = block_size
         self._seed = seed
@@ -76,6 +78,10 @@ class TorchExecutor:
     def close(self) -> None:
         if self._worker is not None:
             self._worker.shutdown()
+        if self._offload is not None:
+            self._offload.close()
+        if isinstance(self._model.layers, LayerWindow):
+            self._model.layers.copies.close()
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -109,7 +115,8 @@ class TorchExecutor:
         except Exception as error:  # whatever a kernel raises: the step is lost, the engine is not
             results = tuple(ItemResult(r.item.request, error=f"{type(error).__name__}: {error}") for r in batch.rows)
         seconds = time.perf_counter() - began
-        return StepResult(batch.plan.step, results, Durations(seconds, parts=parts))
+        result = StepResult(batch.plan.step, results, Durations(seconds, parts=parts))
+        return result if self._offload is None else self._offload.told(result)
 
     def _run_rows(self, rows: Sequence[Row], parts: dict[str, float]) -> tuple[ItemResult, ...]:
         """All rows but those whose last token an earlier step in flight failed to produce: their neighbours run."""

@@ -17,7 +17,7 @@ from llmlab.models.hub import fetch
 from llmlab.models.model_shape import ModelShape
 from llmlab.models.shapes import from_hf_config
 from llmlab.models.tokenizer import HFTokenizer, NoTokenizer, load_tokenizer
-from llmlab.models.transformer import Transformer
+from llmlab.models.transformer import Hold, Transformer, held_in_memory
 from llmlab.models.weights import RandomWeights, to_dtype
 from llmlab.models.zoo import read_config, resolve
 from llmlab.types import ModelError
@@ -64,11 +64,12 @@ def load_model(
     random_weights: bool = False,
     seed: int = 0,
     max_model_len: int | None = None,
+    hold: Hold = held_in_memory,
 ) -> LoadedModel:
     """Load a shipped model, a directory, a hub id, or (with `random_weights`) a known shape.
 
     `dtype`: "auto" (the checkpoint's), "f32", "bf16", "f16". `kernels`: a name for `make_kernels`, or a
-    kernel set. `random_weights` ignores the weights of a directory too. Raises ModelError naming what is
+    kernel set. `random_weights` ignores the weights of a directory too. `hold`: see `Transformer`. Raises ModelError naming what is
     wrong and the way out; a model is returned whole or not at all.
     """
     found = resolve(str(path_or_name))
@@ -90,7 +91,7 @@ def load_model(
     tokenizer = load_tokenizer(directory) if directory else NoTokenizer(found.name)
     return LoadedModel(
         name=found.name,
-        model=Transformer(shape, weights, kernels, length.tokens),
+        model=Transformer(shape, weights, kernels, length.tokens, hold),
         shape=shape,
         tokenizer=tokenizer,
         eos_token_ids=_eos_token_ids(directory, config) or tokenizer.eos_token_ids,

@@ -8,7 +8,7 @@ steps. The operations are those of `llmlab.kernels`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,11 +59,20 @@ class Layer:
     rope: int
 
 
+Hold = Callable[[int, Callable[[int], Layer]], Sequence[Layer]]
+
+
+def held_in_memory(num_layers: int, make: Callable[[int], Layer]) -> Sequence[Layer]:
+    """All layers, made at once and kept."""
+    return [make(index) for index in range(num_layers)]
+
+
 class Transformer:
     """A decoder over ragged batches and paged KV.
 
     `weights`: the tensors of `llmlab.models.weights.weight_shapes(shape)`, all of one dtype on one
     device; each is read once, so a lazy mapping keeps the peak of memory at one tensor.
+    `hold(num_layers, make)`: who keeps the layers; by default all are made at once.
     `max_model_len`: positions that the rotary tables cover.
     """
 
@@ -73,6 +82,7 @@ class Transformer:
         weights: Mapping[str, Tensor],
         kernels: Kernels,
         max_model_len: int | None = None,
+        hold: Hold = held_in_memory,
     ) -> None:
         self.shape, self.kernels = shape, kernels
         self.max_model_len = max_model_len or shape.max_position
@@ -83,7 +93,7 @@ class Transformer:
         self._lm_head = kernels.linear(self._embedding if shape.tie_word_embeddings else weights["lm_head"])
         self._ropes = [RopeTable(rope, self.max_model_len, self.device) for rope in shape.ropes]
         self._heads = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-        self.layers = [self._layer(i, weights) for i in range(shape.num_layers)]
+        self.layers = hold(shape.num_layers, lambda index: self._layer(index, weights))
 
     def _norm(self, weight: Tensor) -> Tensor:
         """Fold the offset into the weight, in float32: w - 1 has more bits than w has in bfloat16."""
@@ -124,7 +134,7 @@ class Transformer:
     def _program(self) -> LayerProgram | None:
         """All layers as one call, if they are plain and the kernels can."""
         shape = self.shape
-        if shape.post_norms or any(map(shape.is_moe, range(shape.num_layers))):
+        if not isinstance(self.layers, list) or shape.post_norms or any(map(shape.is_moe, range(shape.num_layers))):
             return None
         parts = [
             LayerParts(

@@ -145,6 +145,19 @@ class Journal:
             return cost
         return Cost(cost.seconds + self._cost.swap(swapped).seconds, cost.flops, cost.bytes, cost.joules, cost.bound)
 
+    def experts(self, result: StepResult, plan: int) -> None:
+        """Where a mixture's experts were in a step, and how they came and went."""
+        if not (result.experts or result.weight_moves) or not self.log.wants(ev.ExpertsDispatched):
+            return
+        for move in result.weight_moves:
+            if move.evicted is not None:
+                self.log.emit(ev.ExpertEvicted, cause=plan, layer=move.evicted[0], expert=move.evicted[1], unused=move.unused)
+            self.log.emit(ev.ExpertFetched, cause=plan, layer=move.layer, expert=move.expert, bytes=move.num_bytes,
+                          reason=move.reason, seconds=move.seconds)  # fmt: skip
+        for at in result.experts:
+            self.log.emit(ev.ExpertsDispatched, cause=plan, layer=at.layer, device=at.device, fetched=at.fetched, cpu=at.cpu,
+                          deferred=at.deferred)  # fmt: skip
+
     def finished(self, result: StepResult, plan: int, num_tokens: int, state_hash: int, num_running: int, num_waiting: int
                  ) -> None:  # fmt: skip
         if not self.log.wants(ev.StepFinished):

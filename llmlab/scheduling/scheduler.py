@@ -509,6 +509,7 @@ class Scheduler:
     def _close(self, result: StepResult, plan: int, num_tokens: int) -> None:
         foldable = self.log.wants(ev.StepPlanned)  # without plans in the log nobody can check the hash
         state_hash = self.hash.settle() if foldable else self.hash.forget()
+        self._journal.experts(result, plan)
         self._journal.finished(result, plan, num_tokens, state_hash, len(self.running), len(self.waiting))
 
     def _commit_item(self, flight: InFlight, result: ItemResult, plan: int) -> Update | None:

@@ -7,17 +7,17 @@ raises, overruns its time or answers nonsense, the default decides that once and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from numbers import Real
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 from msgspec.structs import replace
 
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.registry import policy_name
-from llmlab.seams import Admit, Limits, Offers, RequestView, Wait
+from llmlab.seams import Admit, Limits, Offers, RequestView, RoutingView, Wait, Where
 from llmlab.types import Commit, ConfigError, Cost, PolicyError, WorkItem
 
 _LARGEST = 2**63  # integers from here on fit into no log
@@ -168,6 +168,20 @@ def checked_commit(answer: Commit) -> Commit:
 def checked_mode(answer: str, feasible: Sequence[str]) -> str:
     if answer not in feasible:
         raise PolicyError("tiering", answer, f"is not among the feasible options {list(feasible)}")
+    return answer
+
+
+def checked_routing(answer: Mapping[int, Where], view: RoutingView) -> Mapping[int, Where]:
+    """A place for every expert in use; `device` only for those that are there, `defer` only before the last layer."""
+    last = view.layer + 1 == view.num_layers
+    for use in view.uses:
+        where = answer.get(use.expert)
+        if where not in get_args(Where):
+            raise PolicyError("place", where, f"is no place for expert {use.expert}", f"Choose one of {', '.join(get_args(Where))}.")
+        if where == "device" and use.expert not in view.resident:
+            raise PolicyError("place", where, f"expert {use.expert} of layer {view.layer} is not on the device", "Answer 'fetch'.")
+        if where == "defer" and last:
+            raise PolicyError("place", where, "there is no layer after the last one", "Answer 'cpu'.")
     return answer
 
 
