@@ -67,6 +67,7 @@ class Program:
         self._length = min(len(rotation.cos) for rotation in common.rotations)
         self._work = torch.empty(0)
         self._caches: KVCaches | None = None
+        self._first: Tensor | None = None
         self._windows = {w: [i for i, layer in enumerate(layers) if layer.window == w] for w in {x.window for x in layers}}
         self._views = self._step_views()
 
@@ -139,7 +140,7 @@ class Program:
 
     def fits(self, kv_caches: KVCaches) -> bool:
         """Whether the records can describe a step on these; caches other than those of the last step are looked at."""
-        return kv_caches is self._caches or self._bind(kv_caches)
+        return (kv_caches is self._caches and kv_caches[0][0] is self._first) or self._bind(kv_caches)
 
     def _bind(self, kv_caches: KVCaches) -> bool:
         """Remember caches, if there is one for every layer and all look alike."""
@@ -155,7 +156,7 @@ class Program:
             self._records[name]["k_cache"] = [k.data_ptr() for k, _ in pairs]
             self._records[name]["v_cache"] = [v.data_ptr() for _, v in pairs]
         self._set(block_size=k.shape[2], block_stride=k.stride(0), head_stride=k.stride(1))
-        self._caches = kv_caches
+        self._caches, self._first = kv_caches, k
         return True
 
     def run(self, hidden: Tensor, positions: Tensor, meta: AttentionMetadata, span: range) -> Tensor:
