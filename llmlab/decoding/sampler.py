@@ -84,6 +84,17 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
             for i, token in enumerate(tokens)]
 
 
+def plain(sampling: SamplingParams) -> bool:
+    """Whether a row with these parameters takes the largest logit and reports nothing, at every position."""
+    return (sampling.temperature == 0.0 and sampling.logprobs is None and sampling.min_tokens == 0
+            and not sampling.logit_bias and not sampling.has_penalties)
+
+
+def greedy(logits: Tensor) -> list[int]:
+    """The tokens of plain rows [n, vocab] float32; -1 where `sample` would say what is wrong."""
+    return _argmax(logits.detach().float())
+
+
 def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
     """Log-probability and rank of each `next_token_ids` [n] under `logits` [n, vocab] float32, one per row.
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llmlab.decoding.sampler import SampleRow, prompt_logprobs, sample
+from llmlab.decoding.sampler import SampleRow, greedy, plain, prompt_logprobs, sample
 from llmlab.execution.base import Done, Row, StepBatch, Ticket
 from llmlab.execution.offload import ExpertOffload, LayerWindow
 from llmlab.kernels.layout import AttentionMetadata
@@ -67,6 +68,7 @@ class TorchExecutor:
         self._seed = seed
         self.cache = KVCache(loaded, num_blocks, num_host_blocks, block_size)
         self._tokens: dict[str, list[int]] = {}
+        self._plain: dict[str, bool] = {}  # of each request: whether its token is the largest logit, and no more was asked for
         self._prompt_scores: dict[str, list[TokenLogprobs]] = {}
         self._worker = ThreadPoolExecutor(1, "llmlab-executor") if asynchronous else None
         self._warm_up(num_blocks * block_size)
@@ -106,6 +108,7 @@ class TorchExecutor:
         began = time.perf_counter()
         for name in batch.forget:
             self._tokens.pop(name, None)
+            self._plain.pop(name, None)
             self._prompt_scores.pop(name, None)
         parts: dict[str, float] = {}
         try:
@@ -133,17 +136,17 @@ class TorchExecutor:
         spans = [row.item.tokens for row in rows]
         ids: list[int] = []
         positions: list[int] = []
+        device = self._model.device
         for row, (start, stop) in zip(rows, spans, strict=True):
             ids += self._known(row)[start:stop]
             positions += range(start, stop)
         meta = AttentionMetadata.build(
             [stop - start for start, stop in spans], [stop for _, stop in spans], [row.block_ids for row in rows],
-            self._block_size, device=self._model.device,
+            self._block_size, device=device,
         )  # fmt: skip
+        given = torch.from_numpy(np.array([ids, positions])).to(device)
         prepared = time.perf_counter()
-        device = self._model.device
-        hidden = self._model.embed(torch.tensor(ids, device=device))
-        hidden = self._model.forward(hidden, torch.tensor(positions, device=device), meta, self.cache.layers)
+        hidden = self._model.forward(self._model.embed(given[0]), given[1], meta, self.cache.layers)
         forwarded = time.perf_counter()
         results = self._emit(rows, hidden)
         parts.update(prepare=prepared - began, forward=forwarded - prepared, sample=time.perf_counter() - forwarded)
@@ -152,7 +155,9 @@ class TorchExecutor:
     def _known(self, row: Row) -> list[int]:
         tokens = self._tokens.get(row.request.id)
         if tokens is None:
-            tokens = self._tokens[row.request.id] = list(row.request.prompt_token_ids)
+            request = row.request
+            tokens = self._tokens[request.id] = list(request.prompt_token_ids)
+            self._plain[request.id] = plain(request.sampling) and request.sampling.prompt_logprobs is None
         return tokens
 
     # ------------------------------------------------------------------------------------- sampling
@@ -174,9 +179,19 @@ class TorchExecutor:
         if not emitting:
             return tuple(failed.get(row.request.id) or ItemResult(row.request.id) for row in rows)
         chosen = hidden if len(last) == hidden.shape[0] else hidden[last]
-        sampled = sample(self._model.logits(chosen), [self._sample_row(row) for row in emitting])
+        logits = self._model.logits(chosen)
+        if len(emitting) == len(rows) and all(self._plain[row.request.id] for row in rows):
+            tokens = greedy(logits)
+            if min(tokens) >= 0:
+                return tuple([self._append(row.request.id, token) for row, token in zip(rows, tokens, strict=True)])
+        sampled = sample(logits, [self._sample_row(row) for row in emitting])
         by_request = {row.request.id: result for row, result in zip(emitting, sampled, strict=True)}
         return tuple(failed.get(row.request.id) or self._item_result(row, by_request.get(row.request.id)) for row in rows)
+
+    def _append(self, name: str, token: int) -> ItemResult:
+        """The result of a row whose token is all that was asked for."""
+        self._tokens[name].append(token)
+        return ItemResult(name, (token,))
 
     def _sample_row(self, row: Row) -> SampleRow:
         request = row.request

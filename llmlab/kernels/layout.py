@@ -110,36 +110,52 @@ class AttentionMetadata:
             problem = f"is more than seq_lens[{row}] = {lens[row]}"
             raise LabError(f"query_lens[{row}]", int(num_q[row]), problem, "count the new tokens in both")
         tables = _rectangular(block_tables, lens, block_size)
-        starts = np.concatenate(([0], np.cumsum(num_q)))
-        row_of = np.repeat(np.arange(len(lens)), num_q)
-        position = np.arange(starts[-1]) - starts[row_of] + (lens - num_q)[row_of]
-        blocks = tables[row_of, np.maximum(position, 0) // block_size].astype(np.int64)
-        slots = np.where(position < 0, -1, blocks * block_size + position % block_size)
+        longest = int(num_q.max(initial=0))
+        starts, slots = (_single_slots if longest == num_q.min(initial=1) == 1 else _slots)(num_q, lens, tables, block_size)
 
-        def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(array, dtype=dtype, device=device)
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
 
         meta = cls(
-            cu_seqlens_q=tensor(starts, torch.int32),
-            seq_lens=tensor(lens, torch.int32),
-            block_tables=tensor(tables, torch.int32),
-            slot_mapping=tensor(slots, torch.int64),
-            max_seqlen_q=int(num_q.max(initial=0)),
+            cu_seqlens_q=tensor(starts.astype(np.int32)),
+            seq_lens=tensor(lens.astype(np.int32)),
+            block_tables=tensor(tables),
+            slot_mapping=tensor(slots),
+            max_seqlen_q=longest,
             mask=mask,
         )
         meta.derived[HOST] = (starts, lens)
         return meta
 
 
+def _slots(num_q: np.ndarray, lens: np.ndarray, tables: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(cu_seqlens_q, slot_mapping) of rows of any length."""
+    starts = np.concatenate(([0], np.cumsum(num_q)))
+    row_of = np.repeat(np.arange(len(lens)), num_q)
+    position = np.arange(starts[-1]) - starts[row_of] + (lens - num_q)[row_of]
+    blocks = tables[row_of, np.maximum(position, 0) // block_size].astype(np.int64)
+    return starts, np.where(position < 0, -1, blocks * block_size + position % block_size)
+
+
+def _single_slots(num_q: np.ndarray, lens: np.ndarray, tables: np.ndarray, block_size: int
+                  ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """`_slots` of rows with one new token each, the common step."""
+    starts, position = np.arange(len(lens) + 1), lens - 1
+    index = np.maximum(position, 0) // block_size
+    return starts, np.where(position < 0, -1, tables[starts[:-1], index] * np.int64(block_size) + position - index * block_size)
+
+
 def _rectangular(block_tables: Sequence[Sequence[int]], lens: np.ndarray, block_size: int) -> np.ndarray:
     """Block tables as one int32 matrix, padded with 0 (a block that padding never reads)."""
-    tables = np.zeros((len(lens), max((len(t) for t in block_tables), default=0) or 1), np.int32)
-    for row, (table, length) in enumerate(zip(block_tables, lens, strict=True)):
-        if len(table) * block_size < length:
-            problem = f"does not cover {length} positions in blocks of {block_size}"
-            raise LabError(f"block_tables[{row}]", list(table), problem)
-        tables[row, : len(table)] = table
-    return tables
+    sizes = list(map(len, block_tables))
+    short = np.flatnonzero(np.asarray(sizes, np.int64) * block_size < lens)
+    if len(short):
+        row = int(short[0])
+        problem = f"does not cover {lens[row]} positions in blocks of {block_size}"
+        raise LabError(f"block_tables[{row}]", list(block_tables[row]), problem)
+    width = max(sizes, default=0) or 1
+    padded = [(*table, *[0] * (width - size)) if size < width else table for table, size in zip(block_tables, sizes)]
+    return np.array(padded, np.int32).reshape(len(sizes), width)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmlab.kernels.attention_plan import (
     CHUNK,
+    GATHER_ROWS,
     PARTIAL,
     ROW,
     SEGMENT,
@@ -346,6 +347,82 @@ REGIONS = {
         (torch.float16, attention_f16),
     )
 }
+
+
+@compiled()
+def cut_tile(a, row, token, items, n):
+    """Write the query tile at `token` as item n; returns its tokens and its KV range."""
+    last, length = np.int64(get_int(a.cu_seqlens_q, row + 1)), np.int64(get_int(a.seq_lens, row))
+    tokens, item = min(a.tile, last - token), items + 48 * n
+    own = length - (last - token)
+    start = max(0, own - a.window + 1) if a.window > 0 else np.int64(0)
+    stop = own + tokens if a.causal else length
+    put_long(item, ROW, row)
+    put_long(item, TOKEN, token)
+    put_long(item, TOKENS, tokens)
+    put_long(item, START, start)
+    put_long(item, STOP, stop)
+    put_long(item, PARTIAL, -1)
+    return tokens, start, stop
+
+
+def undivided_plan(pointer):
+    """`attention_plan.plan_attention` as long as no tile is divided; `result` becomes the number of items, or -1.
+
+    Runs in one thread. The sums are of whole numbers, so they are those of the definition.
+    """
+    a = record(pointer)
+    n, total, worst = 0, np.int64(0), np.int64(0)
+    for row in range(a.rows):
+        for token in range(get_int(a.cu_seqlens_q, row), get_int(a.cu_seqlens_q, row + 1), a.tile):
+            tokens, start, stop = cut_tile(a, row, token, a.items, n)
+            cost = (stop - start) * (tokens * a.group + GATHER_ROWS)
+            worst = max(worst, cost if (stop - 1) // SEGMENT > start // SEGMENT else np.int64(0))
+            total, n = total + cost, n + 1
+    if a.threads > 1 and worst * 8 * a.threads > total * a.heads:
+        put_long(a.result, 0, -1)
+        return
+    put_long(a.result, 0, n)
+    put_long(a.starts, 0, 0)
+    share, thread, done, dealt = np.float64(total * a.heads) / a.threads, 1, np.int64(0), np.int64(0)
+    for unit in range(n * a.heads):
+        item = a.items + 48 * (unit // a.heads)
+        cost = (get_long(item, STOP) - get_long(item, START)) * (get_long(item, TOKENS) * a.group + GATHER_ROWS)
+        done += cost
+        while thread < a.threads and done - 0.5 * cost >= share * thread:
+            put_long(a.starts, thread, unit)
+            put_long(a.load, thread - 1, done - cost - dealt)
+            thread, dealt = thread + 1, done - cost
+    while thread <= a.threads:
+        put_long(a.starts, thread, n * a.heads)
+        put_long(a.load, thread - 1, done - dealt)
+        thread, dealt = thread + 1, done
+
+
+PLAN_REGION = Region(
+    undivided_plan,
+    "cu_seqlens_q seq_lens rows heads group window causal tile items starts load result",
+)
+
+
+def quick_plan(
+    pool: Pool, meta: AttentionMetadata, heads: int, group: int, threads: int, window: int | None
+) -> AttnPlan | None:
+    """The plan of a step in one call, or None if a long row must be divided between threads."""
+    cu, lens, tile = meta.cu_seqlens_q, meta.seq_lens, tile_tokens(group)
+    most = meta.num_rows + meta.slot_mapping.shape[0] // tile
+    items, starts, load = np.empty((most, 6), np.int64), np.empty(threads + 1, np.int64), np.empty(threads + 1, np.int64)
+    causal = int(meta.mask == "causal")
+    address, _, arguments = PLAN_REGION.call(
+        *(threads, cu.data_ptr(), lens.data_ptr(), meta.num_rows, heads, group, window or 0, causal, tile),
+        *(items.ctypes.data, starts.ctypes.data, load.ctypes.data, load.ctypes.data + 8 * threads),
+    )
+    pool.run((address, 1, arguments))
+    count = int(load[-1])
+    return None if count < 0 else AttnPlan(items[:count], starts, NO_MERGES, 0, load[:-1].astype(np.float64))
+
+
+NO_MERGES = np.empty((0, 4), np.int64)
 
 
 def supports(k_cache: Tensor, v_cache: Tensor) -> bool:

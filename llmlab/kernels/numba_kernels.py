@@ -17,7 +17,7 @@ from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoic
 from llmlab.kernels.linear import PLAIN, PackedLinear, dense, gate_rows
 from llmlab.kernels.moe import PackedExperts
 from llmlab.kernels.norm_rope import heads_dense, norm_rows, regular, rope_store_call
-from llmlab.kernels.numba_attention import attention_call, supports
+from llmlab.kernels.numba_attention import attention_call, quick_plan, supports
 from llmlab.kernels.pool import Pool, openmp
 from llmlab.kernels.program import Program
 from llmlab.kernels.quantized import QuantizedTensor
@@ -74,7 +74,7 @@ class NumbaKernels(BaseKernels):
         key = ("attention", heads, group, window, threads)
         plan: AttnPlan | None = meta.derived.get(key)
         if plan is None:
-            plan = meta.derived[key] = plan_attention(
+            plan = quick_plan(self.pool, meta, heads, group, threads, window) or plan_attention(
                 meta.cu_seqlens_q.numpy(),
                 meta.seq_lens.numpy(),
                 heads=heads,
@@ -83,6 +83,7 @@ class NumbaKernels(BaseKernels):
                 window=window,
                 causal=meta.mask == "causal",
             )
+            meta.derived[key] = plan
         return plan
 
     def paged_attention(

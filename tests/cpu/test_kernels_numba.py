@@ -15,7 +15,9 @@ from torch import Tensor
 
 from llmlab.kernels.attention_plan import SEGMENT, plan_attention
 from llmlab.kernels.dispatch import Kernels, TorchKernels, make_kernels, set_num_threads
-from llmlab.kernels.layout import AttentionMetadata, AttentionState
+from llmlab.kernels.layout import MASKS, AttentionMetadata, AttentionState
+from llmlab.kernels.numba_attention import quick_plan
+from llmlab.kernels.pool import Pool
 from llmlab.kernels.vector import PANEL
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -377,6 +379,11 @@ def test_the_plan_covers_every_query_once_and_deals_all_units(
         and plan.starts[-1] == len(plan.items) * heads
         and (np.diff(plan.starts) >= 0).all()
     )
+    meta = AttentionMetadata.build(new.tolist(), lens.tolist(), [[0] * n for n in lens], 1, mask=MASKS[not causal])
+    quick = quick_plan(Pool(), meta, heads, group, workers, window)
+    assert (quick is None) == (len(plan.merges) > 0)
+    for name in ("items", "starts", "load") if quick is not None else ():
+        assert (getattr(quick, name) == getattr(plan, name)).all(), name
     divided = sum(parts for _, _, _, parts in plan.merges.tolist())
     assert divided == (plan.items[:, 5] >= 0).sum()
     assert plan.num_partials == plan.items[plan.items[:, 5] >= 0, 2].sum()
