@@ -18,7 +18,7 @@ from llmlab.events.tracefile import TraceWriter
 from llmlab.execution.base import Executor
 from llmlab.execution.cost import RooflineCost, find_profile, is_profile, machine_here, wall_cost, warn_if_foreign
 from llmlab.execution.sim_executor import PseudoTokens, SimExecutor
-from llmlab.memory.eviction import EVICTIONS
+from llmlab.memory.eviction import EVICTIONS, LRU
 from llmlab.memory.kv_manager import KVManager
 from llmlab.memory.tiers import TIERINGS
 from llmlab.registry import Registry
@@ -179,7 +179,10 @@ def reseated(config: EngineConfig, log: EventLog, seam: str, choice: Any) -> Any
 
 
 def eviction_chooser(config: EngineConfig, log: EventLog) -> Any:
-    """Index of the block to evict among the given views; logged with its alternatives at level 3."""
+    """Index of the block to evict among the given views; logged with its alternatives at level 3. None is what the pool
+    does by itself, which is LRU: below level 3, where nobody reads the scores, nobody computes them."""
+    if log.level < 3 and type(EVICTIONS.resolve(config.eviction)) is LRU:
+        return None
     seam: Seam[Eviction] = Seam("eviction", EVICTIONS.resolve(config.eviction), EVICTIONS.resolve("lru"), log,
                                 config.policy_timeout)  # fmt: skip
 

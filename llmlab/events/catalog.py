@@ -143,10 +143,12 @@ class FirstToken(Event, frozen=True, tag=True):
 
 
 class TokensReleased(Event, frozen=True, tag=True):
-    """Output tokens became final and visible to the client."""
+    """Output tokens became final and visible to the client: at `t`, or each at its own of `times` where several steps of a
+    simulation are logged at once."""
 
     LEVEL: ClassVar[int] = 1
     token_ids: tuple[int, ...]
+    times: tuple[float, ...] = ()
 
 
 class RequestFinished(Event, frozen=True, tag=True):
@@ -272,6 +274,17 @@ class StepFinished(Event, frozen=True, tag=True):
     used_blocks: int = 0
 
 
+class Leapt(Event, frozen=True, tag=True):
+    """Below level 2, a simulation takes steps in which nothing changes at once: `num_steps` up to and with `step`, of
+    `num_tokens` query tokens and `seconds` together. `used_blocks` is the most after any of them."""
+
+    LEVEL: ClassVar[int] = 1
+    num_steps: int
+    num_tokens: int
+    seconds: float
+    used_blocks: int
+
+
 class Span(Event, frozen=True, tag=True):
     """Work on one resource between two instants of the run's clock."""
 
@@ -372,7 +385,7 @@ AnyEvent = (
     | RequestAdmitted | RequestPreempted | RequestResumed | FinishRequested | FirstToken | TokensReleased
     | RequestFinished | ReserveFailed | PrefixMatched | BlocksReserved | BlockReplaced | BlocksReleased
     | BlockCached | BlockEvicted | KVMoved | KVDropped | ExpertsDispatched | ExpertFetched | ExpertEvicted
-    | StepPlanned | StepFinished | Span | Idle
+    | StepPlanned | StepFinished | Leapt | Span | Idle
     | JoinWait | RolledBack | Decision
 )  # fmt: skip
 EVENT_TYPES: dict[str, type[Event]] = {kind.__name__: kind for kind in AnyEvent.__args__}

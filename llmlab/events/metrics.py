@@ -141,7 +141,7 @@ class MetricsFold:
             ev.RunStarted: self._run_started, ev.RequestArrived: self._arrived, ev.RequestRefused: self._refused,
             ev.RequestAdmitted: self._admitted, ev.RequestPreempted: self._preempted,
             ev.TokensReleased: self._released, ev.RequestFinished: self._finished, ev.StepPlanned: self._planned,
-            ev.StepFinished: self._step_finished,
+            ev.StepFinished: self._step_finished, ev.Leapt: self._leapt,
         }  # fmt: skip
 
     def write(self, event: ev.Event) -> None:
@@ -179,12 +179,12 @@ class MetricsFold:
         request.num_preemptions += 1
 
     def _released(self, event: ev.TokensReleased) -> None:
-        request, t = self.requests[event.request or ""], event.t
+        request, times = self.requests[event.request or ""], event.times or (event.t,)
         if request.first_token is None:
-            request.first_token = t
-        request.last_token = t
+            request.first_token = times[0]
+        request.last_token = times[-1]
         request.num_output_tokens += len(event.token_ids)
-        request.token_times.append(t)
+        request.token_times.extend(times)
 
     def _finished(self, event: ev.RequestFinished) -> None:
         request = self.requests[event.request or ""]
@@ -213,6 +213,13 @@ class MetricsFold:
         predicted = self._predicted.pop(event.step, None)
         if predicted and event.measured.execute:
             self._ratios.append(predicted / event.measured.execute)
+
+    def _leapt(self, event: ev.Leapt) -> None:
+        self.num_steps += event.num_steps
+        self.end = event.t
+        self.max_kv_blocks = max(self.max_kv_blocks, event.used_blocks)
+        self._execute += event.seconds
+        self._batch_tokens += event.num_tokens
 
     # --------------------------------------------------------------------------------------- result
     def result(self) -> RunMetrics:

@@ -46,6 +46,7 @@ class RooflineCost:
         self.shape = shape
         self.host = host
         self._layers: RooflineLayers | None = None
+        self._last: tuple[Sequence[WorkItem], Cost] = (), Cost(0.0)
         self.model: RooflineModel | ProfileCost
         if isinstance(hardware, str) and is_profile(hardware):
             self.model = ProfileCost(find_profile(hardware), shape, hardware)
@@ -55,6 +56,12 @@ class RooflineCost:
         self._block_bytes = int(shape.kv_bytes_per_token(dtype or self.hardware.default_dtype) * block_size)
 
     def step(self, items: Sequence[WorkItem]) -> Cost:
+        if items is self._last[0]:  # the scheduler predicted the very step that the executor takes now
+            return self._last[1]
+        self._last = items, self._step(items)
+        return self._last[1]
+
+    def _step(self, items: Sequence[WorkItem]) -> Cost:
         cost = self.model.step(rows_of(items, self.shape.num_layers))
         if "cpu" in [item.device for item in items]:
             return split_step(items, cost, self.layers())
@@ -65,6 +72,17 @@ class RooflineCost:
         if self._layers is None:
             self._layers = RooflineLayers(self)
         return self._layers
+
+    def seconds(self, seen: Sequence[int], chunks: Sequence[Span], logits: int) -> float:
+        """`step(...).seconds` of rows with one new token, which see `seen` tokens each, and of `chunks` of prompts."""
+        if isinstance(self.model, ProfileCost):
+            return self.model.step(_plain_rows(seen, chunks, logits)).seconds
+        kv = pairs = sum(seen)
+        tokens = len(seen)
+        for start, stop in chunks:
+            query = stop - start
+            tokens, kv, pairs = tokens + query, kv + stop, pairs + query * stop - query * (query - 1) // 2
+        return self.model.seconds(tokens, kv, float(pairs), logits)
 
     def engine_seconds(self, items: Sequence[WorkItem]) -> float:
         """What the engine itself needs for such a step, as far as it was measured: planning, committing, answers."""
@@ -90,11 +108,14 @@ def rows_of(items: Sequence[WorkItem], num_layers: int = 0) -> Rows:
     """The rows of a step; items without layers pass all `num_layers`. 0: layers do not matter, and are left out."""
     query = [item.tokens[1] - item.tokens[0] for item in items]
     kv = [item.tokens[1] for item in items]
-    logits = sum(1 for item in items if item.emit == "sample")
-    layers = None
-    if num_layers and any(item.layers for item in items):
-        layers = [item.layers or Span(0, num_layers) for item in items]
-    return Rows(query, kv, layers=layers, logits=logits)
+    logits = [item.emit for item in items].count("sample")
+    if num_layers and any([item.layers is not None for item in items]):  # noqa: C419  a list is faster here
+        return Rows(query, kv, layers=[item.layers or Span(0, num_layers) for item in items], logits=logits)
+    return Rows(query, kv, logits=logits)
+
+
+def _plain_rows(seen: Sequence[int], chunks: Sequence[Span], logits: int) -> Rows:
+    return Rows([1] * len(seen) + [stop - start for start, stop in chunks], [*seen, *(stop for _, stop in chunks)], logits=logits)
 
 
 class RooflineLayers:
@@ -186,6 +207,11 @@ class WallCost:
     def __init__(self, cost: RooflineCost) -> None:
         self._cost = cost
         self.swap, self.block_bytes = cost.swap, cost.block_bytes
+
+    def seconds(self, seen: Sequence[int], chunks: Sequence[Span], logits: int) -> float:
+        engine = self._cost.model.engine_seconds if isinstance(self._cost.model, ProfileCost) else None
+        own = engine(_plain_rows(seen, chunks, logits)) if engine is not None else 0.0
+        return self._cost.seconds(seen, chunks, logits) + own
 
     def layers(self) -> RooflineLayers:
         """By layer and resource; the engine's time comes before the first."""

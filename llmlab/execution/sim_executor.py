@@ -6,6 +6,8 @@ pseudo-random numbers keyed by (seed, request, position). Nothing here imports t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 from llmlab import rng
@@ -14,7 +16,7 @@ from llmlab.execution.base import Row, StepBatch, Ticket
 from llmlab.execution.opgraph import Copied, Pending, build
 from llmlab.execution.timelines import Timelines, busy
 from llmlab.seams import CostModel, LayerCost
-from llmlab.types import Durations, ItemResult, Request, ResourceSpan, StepResult
+from llmlab.types import Durations, ItemResult, Request, ResourceSpan, Span, StepResult
 
 
 class TokenSource(Protocol):
@@ -23,20 +25,49 @@ class TokenSource(Protocol):
     def token(self, request: Request, position: int) -> int: ...
 
 
+class ManyTokens(TokenSource, Protocol):
+    """A source that gives the tokens of a stretch of positions at once."""
+
+    def tokens(self, request: Request, position: int, count: int) -> Sequence[int]: ...
+
+
 class PseudoTokens:
-    """Deterministic tokens; the end-of-sequence token when the request's true length is reached."""
+    """Deterministic tokens, keyed by (seed, request, position); the end-of-sequence token when the request's true length
+    (`metadata["output_len"]`) is reached, and never before."""
 
     def __init__(self, vocab_size: int, seed: int) -> None:
         self._vocab_size, self._seed = vocab_size, seed
 
     def token(self, request: Request, position: int) -> int:
-        produced = position - request.num_prompt_tokens + 1
-        if request.eos_token_ids and produced >= request.metadata.get("output_len", 1 << 60):
+        if request.eos_token_ids and position + 1 >= request.num_prompt_tokens + request.metadata.get("output_len", 1 << 60):
             return request.eos_token_ids[0]
-        token = rng.integer(self._seed, request.id, position, self._vocab_size)
-        while token in request.eos_token_ids:
-            token = (token + 1) % self._vocab_size
-        return token
+        chunk, offset = divmod(position, CHUNK)
+        return _drawn(self._seed, self._vocab_size, request.id, chunk, request.eos_token_ids)[offset]
+
+
+    def tokens(self, request: Request, position: int, count: int) -> Sequence[int]:
+        """`token` of positions [position, position + count)."""
+        end = request.num_prompt_tokens + request.metadata.get("output_len", 1 << 60) - 1  # where the request ends
+        found: list[int] = []
+        for chunk in range(position // CHUNK, -(-(position + count) // CHUNK)):
+            found += _drawn(self._seed, self._vocab_size, request.id, chunk, request.eos_token_ids)
+        found = found[position % CHUNK :][:count]
+        if request.eos_token_ids and end < position + count:
+            kept = max(0, int(end) - position)
+            found[kept:] = [request.eos_token_ids[0]] * (count - kept)
+        return found
+
+
+CHUNK = 64
+
+
+@lru_cache(maxsize=8192)
+def _drawn(seed: int, vocab_size: int, request: str, chunk: int, avoided: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens of positions [chunk * CHUNK, ...), drawn together, none of them in `avoided`."""
+    tokens = rng.integers(seed, request, chunk, vocab_size, CHUNK)
+    while avoided and not set(avoided).isdisjoint(tokens) and len(set(avoided)) < vocab_size:
+        tokens = tuple((t + 1) % vocab_size if t in avoided else t for t in tokens)
+    return tokens
 
 
 class SimTicket(NamedTuple):
@@ -55,6 +86,10 @@ class LayeredCost(CostModel, Protocol):
     """A cost model that also knows its steps by layer and resource."""
 
     def layers(self) -> LayerCost: ...
+
+    def seconds(self, seen: Sequence[int], chunks: Sequence[Span], logits: int) -> float:
+        """`step(...).seconds` of rows with one new token, which see `seen` tokens each, and of `chunks` of prompts."""
+        ...
 
 
 class SimExecutor:
@@ -134,6 +169,29 @@ class SimExecutor:
             pending.device_blocks |= dict.fromkeys(move.src, ends)
         if move.kind != "copy":
             pending.host_blocks |= dict.fromkeys(move.dst if move.kind == "swap_out" else move.src, ends)
+
+    # --------------------------------------------------------------------- what leaps ask (llmlab.scheduling.steady)
+    def start(self) -> float | None:
+        """When the next step would begin; None while earlier ones have left something running."""
+        now = self._clock.now()
+        self._pending.prune(now)
+        return None if self._busy_until > now or self._pending.copies or self._pending.joins else now
+
+    def tokens(self, request: Request, position: int, count: int) -> Sequence[int]:
+        """The tokens at [position, position + count)."""
+        many = getattr(self._tokens, "tokens", None)
+        if many is not None:
+            return many(request, position, count)  # type: ignore[no-any-return]
+        return [self._tokens.token(request, p) for p in range(position, position + count)]
+
+    def seconds(self, seen: Sequence[int], chunks: Sequence[Span], logits: int) -> float:
+        """Of a step on the device alone; see LayeredCost."""
+        return self._cost.seconds(seen, chunks, logits)
+
+    def pass_to(self, t: float) -> None:
+        """Steps up to `t` are done, and it is `t` now."""
+        self.occupy(t)
+        self._clock.advance_to(t)
 
     def _result(self, row: Row) -> ItemResult:
         if row.item.emit != "sample":

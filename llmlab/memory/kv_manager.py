@@ -153,6 +153,21 @@ class KVManager:
             self._extend(seq, table, (), missing, cause)
         return Reserved(stop)
 
+    def extend(self, seq: Sequence, count: int) -> None:
+        """`count` more blocks for a running request; the caller has seen that they are there."""
+        if count:
+            self._extend(seq, self.tables[seq.id], (), count, seq.cause)
+
+    @property
+    def caching(self) -> bool:
+        """Whether full blocks are made findable."""
+        return self._caching
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `settle` would change nothing."""
+        return len(self._withheld) == self._num_to_withhold
+
     def _new_table(self, seq: Sequence) -> BlockTable:
         self._numbers[seq.id] = seq.request.number
         table = self.tables[seq.id] = BlockTable()

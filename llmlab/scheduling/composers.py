@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from llmlab.registry import Registry
-from llmlab.seams import Composer, EngineView, Offers
+from llmlab.seams import Composer, EngineView, Limits, Offers
 from llmlab.types import WorkItem
 
 
@@ -47,6 +47,15 @@ class Chunked:
         return items
 
 
+    def cuts(self, num_decodes: int, left: Sequence[int], limits: Limits) -> list[int]:
+        """See `seams.Composer`: prompts share what the decodes leave, first come, first served."""
+        room, cuts = limits.max_num_batched_tokens - num_decodes, []
+        for tokens in left:
+            cuts.append(min(room, tokens))
+            room -= cuts[-1]
+        return cuts
+
+
 def fill_running(view: EngineView, offers: Offers) -> Sequence[WorkItem]:
     """The common step: everybody decodes, or some prompt is still being computed."""
     if all(o.num_tokens == 1 for o in offers.running):
@@ -80,6 +89,10 @@ class PrefillFirst:
             view.consider("decodes alone", fill(decodes, limits.max_num_batched_tokens, limits.max_num_seqs))
         return items
 
+    def cuts(self, num_decodes: int, left: Sequence[int], limits: Limits) -> list[int] | None:
+        """See `seams.Composer`: foreseeable only without prompts in progress."""
+        return None if left else []
+
 
 class DecodeFirst:
     """Decodes run alone while there are any; prompts wait for the batch to drain."""
@@ -95,6 +108,10 @@ class DecodeFirst:
         if entering:
             view.consider("prompts alone", entering)
         return fill(decodes, limits.max_num_batched_tokens, limits.max_num_seqs)
+
+    def cuts(self, num_decodes: int, left: Sequence[int], limits: Limits) -> list[int] | None:
+        """See `seams.Composer`: foreseeable only without prompts in progress."""
+        return None if left else []
 
 
 COMPOSERS: Registry[Composer] = Registry(

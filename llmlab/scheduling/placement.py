@@ -13,6 +13,7 @@ class DeviceOnly:
     """Everything on the device that holds the KV pool."""
 
     name = "device_only"
+    steady = True  # it leaves every item where it is, whatever the view
 
     def place(self, view: EngineView, items: Sequence[WorkItem]) -> Sequence[WorkItem]:
         return items

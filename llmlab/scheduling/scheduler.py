@@ -176,6 +176,24 @@ class Scheduler:
                       num_preemptions=seq.num_preemptions, detail=detail)  # fmt: skip
         self.hash.touch(seq)
 
+    # ------------------------------------------------------------------- for leaps (llmlab.scheduling.steady)
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is half done: nobody short of memory, no copy to make, no block to withdraw."""
+        return not self._short and not self.memory.moves and self.memory.is_settled
+
+    def end(self, seq: Sequence, reason: FinishReason) -> None:
+        """The last token of a running request has come."""
+        self._finish(seq, reason)
+
+    def tell_plan(self, plan: StepPlan, now: float) -> int:
+        """Log a step that is planned outside of `schedule`; the `seq` of its event."""
+        return self._journal.planned(plan, now, len(self.running), len(self.waiting))
+
+    def tell_finish(self, result: StepResult, plan: int, num_tokens: int) -> None:
+        """Log the end of such a step."""
+        self._journal.finished(result, plan, num_tokens, self.hash.settle(), len(self.running), len(self.waiting))
+
     def _stop_running(self, seq: Sequence) -> None:
         del self.running[seq.id]
         self._short.pop(seq.id, None)
