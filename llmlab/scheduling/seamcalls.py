@@ -21,6 +21,7 @@ from llmlab.seams import Admit, Limits, Offers, RequestView, RoutingView, Wait, 
 from llmlab.types import Commit, ConfigError, Cost, PolicyError, WorkItem
 
 _LARGEST = 2**63  # integers from here on fit into no log
+OPTIONAL = ("cuts",)  # promises that a policy may make beside its answers
 P = TypeVar("P")
 A = TypeVar("A")
 
@@ -65,6 +66,8 @@ def _check_interface(seam: str, policy: object, default: object) -> None:
     if isinstance(policy, type):
         raise ConfigError(seam, policy.__name__, "is a class, not an object", f"Write {seam}={policy.__name__}().")
     for method in [name for name in dir(default) if not name.startswith("_") and callable(getattr(default, name))]:
+        if method in OPTIONAL:
+            continue
         if not callable(getattr(policy, method, None)):
             raise ConfigError(seam, policy, f"has no method {method}()", "Give a registered name, or an object as described "
                               "in llmlab.seams.")  # fmt: skip
