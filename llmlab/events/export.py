@@ -85,6 +85,8 @@ class StepFold:
             self._plans[event.seq] = event
         elif isinstance(event, ev.RunStarted):
             self._num_blocks = int(event.config.get("num_blocks") or 0)
+        elif isinstance(event, ev.Reconfigured):
+            self._num_blocks = int(event.changes.get("num_blocks") or self._num_blocks)
         elif isinstance(event, ev.RequestAdmitted):
             self._answering[event.request or ""] = False
         elif isinstance(event, ev.StepFinished):

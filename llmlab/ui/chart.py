@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmlab.events.trace import Run
 
 __all__ = [
-    "WIDTH", "Unit", "count", "data", "listed", "log_ticks", "percent", "seconds", "sentence", "setting", "title", "unit_for",
+    "WIDTH", "Unit", "count", "data", "listed", "load", "log_ticks", "percent", "seconds", "sentence", "setting", "title", "unit_for",
 ]  # fmt: skip
 
 WIDTH = 820  # pixels of the plotting area; the report stretches it to its page
@@ -85,11 +85,20 @@ def _lines(text: str, width: int) -> list[str]:
 
 
 def setting(run: Run) -> str:
-    """Where the numbers come from: measured or simulated, hardware, model, seed."""
+    """Where the numbers come from: measured or simulated, hardware, model, seed, load."""
     started = run.started
     where = f"{started.hardware.get('name', 'unknown hardware')}, {started.model.get('name', 'unknown model')}"
     how = "Simulated on" if run.mode == "simulated" else "Measured on"
-    return f"{how} {where}, seed {started.seed}"
+    return f"{how} {where}, seed {started.seed}, {load(run)}"
+
+
+def load(run: Run) -> str:
+    """The load in words: how many requests came in which time."""
+    arrivals = [r.arrival for r in run.requests.values()]
+    if not arrivals:
+        return "no load"
+    span = max(arrivals) - min(arrivals)
+    return count(len(arrivals), "request") + (f" within {seconds(span)}" if span > 0 else "")
 
 
 def sentence(finding: str, explanation: str, *notes: str) -> Any:

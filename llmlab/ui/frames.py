@@ -11,7 +11,7 @@ time that the step took (null: not known).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ TICKS = 1e7  # per second
 KINDS = ("queued", "prefill", "decode", "preempted", "swapped", "recompute", "held")
 FREE, FINDABLE = -1, -2  # owners of a block besides requests; otherwise 2 * request + (1 if it is shared)
 _QUEUED, _PREFILL, _DECODE, _PREEMPTED, _SWAPPED, _RECOMPUTE, _HELD = range(len(KINDS))
+MAX_BUDGETS = 100
 Wall = Literal["blocks", "holds", "count", "none"]
 
 
@@ -187,6 +188,8 @@ class Frames:
         self.num_batches = 0
         self.lost = 0  # events that fell out of the log's ring unread; whoever reads the log sets it
         self._started: ev.RunStarted | None = None
+        self._config: dict[str, Any] = {}
+        self._budgets: list[tuple[int, int]] = []  # (from when, tokens a step may have): it changes while a run goes on
         self._now = 0.0
         self._bars: dict[str, _Bar] = {}
         self._num_requests = 0
@@ -238,6 +241,17 @@ class Frames:
 
     def _run_started(self, event: ev.RunStarted) -> None:
         self._started, self._meta_sent = event, False
+        self._set(event.t, event.config)
+
+    def _reconfigured(self, event: ev.Reconfigured) -> None:
+        self._meta_sent = False
+        self._set(event.t, event.changes)
+
+    def _set(self, t: float, config: Mapping[str, Any]) -> None:
+        self._config |= config
+        budget = int(self._config.get("max_num_batched_tokens") or 0)
+        if not self._budgets or self._budgets[-1][1] != budget:
+            self._budgets = [*self._budgets[-MAX_BUDGETS:], (ticks(t), budget)]
 
     def _arrived(self, event: ev.RequestArrived) -> None:
         spec = event.spec
@@ -309,7 +323,7 @@ class Frames:
 
     def _hold(self, bar: _Bar, num_tokens: int) -> None:
         """Below level 3: how many blocks the computed tokens of a request fill."""
-        size = int(self._started.config.get("block_size") or 0) if self._started is not None else 0
+        size = int(self._config.get("block_size") or 0)
         blocks = -(-num_tokens // size) if size else 0
         if self.wall == "holds" and blocks != bar.num_blocks:
             bar.num_blocks = blocks
@@ -407,13 +421,13 @@ class Frames:
     def meta(self) -> dict[str, Any]:
         """Where the numbers come from, and the frame of the pictures."""
         started = self._started
-        config = started.config if started is not None else {}
+        config = self._config
         return {
             "ticks": TICKS, "kinds": KINDS, "wall": self.wall, "keep": self.keep or 0, "level": self._level,
             "mode": started.mode if started is not None else "", "seed": started.seed if started is not None else None,
             "model": str(started.model.get("name", "?")) if started is not None else "?",
             "hardware": str(started.hardware.get("name", "?")) if started is not None else "?",
-            "budget": int(config.get("max_num_batched_tokens") or 0), "num_blocks": int(config.get("num_blocks") or 0),
+            "budgets": self._budgets, "num_blocks": int(config.get("num_blocks") or 0),
             "block_size": int(config.get("block_size") or 0),
             "policies": {k: str(config[k]) for k in ("ordering", "composer", "victim", "tiering") if config.get(k)},
         }  # fmt: skip
@@ -421,6 +435,7 @@ class Frames:
 
 _HANDLERS: dict[type[ev.Event], Any] = {
     ev.RunStarted: Frames._run_started,
+    ev.Reconfigured: Frames._reconfigured,
     ev.RequestArrived: Frames._arrived,
     ev.RequestAdmitted: Frames._admitted,
     ev.RequestResumed: Frames._resumed,

@@ -41,6 +41,7 @@ class Notes:
     def __init__(self) -> None:
         self._evicted: list[ev.Decision | ev.BlockEvicted] = []
         self._let_in: dict[str, None] = {}
+        self._waits = -1  # seq of the last decision to wait, which says why
 
     def write(self, event: ev.Event) -> list[Note]:
         """The notes that this event completes."""
@@ -51,7 +52,7 @@ class Notes:
         if isinstance(event, ev.RequestAdmitted):
             return self._admitted(event)
         said = _said(event)
-        if said is None:
+        if said is None or (isinstance(event, ev.RequestWaiting) and event.cause == self._waits >= 0):
             return []
         return [Note(event.step, event.t, said[0], event.request, said[1][:MAX_TEXT], seq=event.seq)]
 
@@ -61,6 +62,8 @@ class Notes:
             return []
         if event.seam == "admission" and event.chosen == "admit":
             self._let_in[event.request or ""] = None
+        elif event.seam == "admission":
+            self._waits = event.seq
         return [_decided(event)]
 
     def _admitted(self, event: ev.RequestAdmitted) -> list[Note]:
@@ -114,6 +117,8 @@ def _said(event: ev.Event) -> Sequence[str] | None:
         return "wait", event.detail or event.reason
     if isinstance(event, ev.ReserveFailed):
         return "full", f"needs {count(event.need, 'block')}, {event.free} free"
+    if isinstance(event, ev.Reconfigured):
+        return "set", ", ".join(f"{name} {value}" for name, value in event.changes.items())
     if isinstance(event, ev.RequestRefused):
         return "refuse", event.reason
     if isinstance(event, ev.PolicyFailed):

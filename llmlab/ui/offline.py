@@ -13,7 +13,7 @@ from llmlab.events import catalog as ev
 from llmlab.events.why import TITLES
 from llmlab.types import TraceError
 from llmlab.ui import theme
-from llmlab.ui.chart import count, percent, seconds
+from llmlab.ui.chart import count, load, seconds
 from llmlab.ui.frames import frames
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def with_words(batch: dict[str, Any], run: Run | None) -> dict[str, Any]:
         meta = batch["meta"]
         meta["colours"] = {name: msgspec.to_builtins(roles) for name, roles in theme.ROLES.items()}
         if run is not None:
-            meta |= {"title": finding(run), "facts": f"{load(run)}."}
+            meta |= {"title": finding(run), "facts": f"{load(run)[0].upper()}{load(run)[1:]}."}
     return batch
 
 
@@ -49,17 +49,6 @@ def finding(run: Run) -> str:
     tail = f"; {count(run.metrics.num_preemptions, 'preemption')}" if run.metrics.num_preemptions else ""
     median = sorted(t for t, _ in late)[(len(late) - 1) // 2]
     return f"{name} waits longest for its first token, {seconds(worst)}; half of the requests get theirs within {seconds(median)}{tail}"
-
-
-def load(run: Run) -> str:
-    """The load in words: how many requests came in which time."""
-    arrivals = [r.arrival for r in run.requests.values()]
-    if not arrivals:
-        return "No load"
-    span = max(arrivals) - min(arrivals)
-    rate = f" within {seconds(span)}" if span > 0 else ""
-    done = run.metrics.num_finished
-    return f"{count(len(arrivals), 'request')} arriving{rate}" + ("" if done == len(arrivals) else f", {percent(done / len(arrivals))} of them finished")
 
 
 def opening_step(run: Run) -> int:

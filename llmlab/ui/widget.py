@@ -21,6 +21,7 @@ from llmlab.events import catalog as ev
 from llmlab.events.trace import Run
 from llmlab.types import LabError
 from llmlab.ui.frames import Frames
+from llmlab.ui.inspector import fork_call
 from llmlab.ui.offline import answer, opening_step, packed, run_batch, with_words
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Timeline(anywidget.AnyWidget):  # type: ignore[misc]
     def __init__(self, run: Run | None = None, **traits: Any) -> None:
         """`run`: a finished run. `traits`: first values, for example `theme="dark"` or `selected="r17"`."""
         if run is not None:
-            traits = {"step": opening_step(run), "_packed": packed(run_batch(run)), **traits}
+            traits = {"step": opening_step(run), "_packed": packed(run_batch(run)), "_forks": run.started.level >= 2, **traits}
         super().__init__(**traits)
         self._run = run
         self._reader: _Reader | None = None
@@ -82,6 +83,14 @@ class Timeline(anywidget.AnyWidget):  # type: ignore[misc]
                 self.send({"type": "batch", "batch": with_words(self._reader.fold.all(), None)})
         elif kind == "why":
             self.send(self._answer(str(message.get("request", ""))))
+        elif kind == "fork" and self._run is not None:
+            self.send({"type": "fork", "key": str(message.get("key", "")), "call": self._call(self._run, message)})
+
+    def _call(self, run: Run, message: Any) -> str:
+        try:
+            return fork_call(run, int(message["seq"]), str(message["option"]))
+        except LabError as error:
+            return str(error)
 
     def _answer(self, request: str) -> dict[str, Any]:
         try:

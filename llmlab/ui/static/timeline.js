@@ -596,12 +596,12 @@ class View {
     this.speed.value = this.model.get("speed");
     this.drawOver(); this.drawLines(); this.drawStrip(); this.drawWall();
     const m = b.meta, tokens = s.prefill[row] < 0 ? s.decode[row] : s.prefill[row] + s.decode[row];
-    const full = m.num_blocks && s.used[row] > 0.95 * m.num_blocks;
+    const budget = this.budget(s.start[row] ?? 0), full = m.num_blocks && s.used[row] > 0.95 * m.num_blocks;
     const tile = (name, value, hot = false) => make("div", {}, make("span", {}, name), make("b", { class: hot ? "hot" : "" }, value));
     this.tiles.replaceChildren(...(b.length ? [
       tile("step", s.step[row].toLocaleString("en")), tile("clock", this.moment(s.start[row])),
       tile("step time", this.secs(s.end[row] - s.start[row])), ...(s.predicted[row] >= 0 ? [tile("predicted", this.secs(s.predicted[row]))] : []),
-      tile(m.budget ? `tokens of ${m.budget}` : "tokens", tokens), tile("running", s.running[row]), tile("waiting", s.waiting[row]),
+      tile(budget ? `tokens of ${budget}` : "tokens", tokens), tile("running", s.running[row]), tile("waiting", s.waiting[row]),
       tile("KV in use", m.num_blocks ? Math.round(100 * s.used[row] / m.num_blocks) + "%" : s.used[row], full)] :
       [make("p", { class: "facts" }, "Steps are recorded from log_level=1 on.")]));
     this.drawLog();
@@ -757,7 +757,7 @@ class View {
     const b = this.book, s = b.steps, c = this.c, [a, z] = this.drawn, tall = 84;
     const { g, width } = this.sheet(this.strip, tall + 10), wide = width - LEFT - RIGHT, x = t => LEFT + (t - a) / (z - a) * wide;
     this.axis(g, width, 8, tall, false);
-    const first = Math.max(0, bisect(s.end, a) - 1), last = Math.min(b.length, bisect(s.start, z) + 1), budget = b.meta.budget;
+    const first = Math.max(0, bisect(s.end, a) - 1), last = Math.min(b.length, bisect(s.start, z) + 1), budgets = b.meta.budgets || [], budget = this.budget(Math.min(z, b.now));
     let most = 1;
     for (let i = first; i < last; i++) most = Math.max(most, Math.max(0, s.prefill[i]) + s.decode[i]);
     const shownBudget = budget && budget <= 4 * most, top = shownBudget ? Math.max(budget, most) * 1.06 : most * 1.15, y = n => 8 + tall - Math.sqrt(n / top) * tall;
@@ -782,12 +782,22 @@ class View {
     g.globalAlpha = 1; g.textAlign = "right"; g.fillStyle = c.mute;
     g.fillText("0", LEFT - 8, y(0) - 4);
     if (shownBudget) {
-      g.strokeStyle = c.ink; g.setLineDash([5, 3]); g.beginPath(); g.moveTo(LEFT, y(budget)); g.lineTo(LEFT + wide, y(budget)); g.stroke(); g.setLineDash([]);
+      g.strokeStyle = c.ink; g.setLineDash([5, 3]); g.beginPath();
+      budgets.forEach(([from, tokens], i) => {
+        const x0 = clamp(i ? x(from) : LEFT, LEFT, LEFT + wide), x1 = clamp(i + 1 < budgets.length ? x(budgets[i + 1][0]) : LEFT + wide, LEFT, LEFT + wide);
+        if (x1 > x0) { g.moveTo(x0, y(Math.min(tokens, top))); g.lineTo(x1, y(Math.min(tokens, top))); }
+      });
+      g.stroke(); g.setLineDash([]);
       g.fillText(budget, LEFT - 8, y(budget));
     } else g.fillText(most, LEFT - 8, y(most));
     if (!this.follow && b.length) { const at = x(s.start[this.row]); g.fillStyle = c.decode; g.fillRect(Math.round(at) - 1, 4, 2, tall + 4); }
     g.textAlign = "left";
     this.stripNote.textContent = (budget ? (shownBudget ? `dashed: budget ${budget}` : `budget ${budget}, far above`) : "") + (known || !b.length ? "" : "; prefill and decode are told apart from log_level=2 on");
+  }
+
+  budget(time) { // tokens that a step may have at this instant
+    const budgets = this.book.meta.budgets || [];
+    return (budgets.findLast(([from]) => from <= time) || budgets[0] || [0, 0])[1];
   }
 
   // ------------------------------------------------------------------------------------- the KV wall
