@@ -17,7 +17,10 @@ from llmlab.events.metrics import MetricsFold
 from llmlab.events.tracefile import TraceWriter
 from llmlab.execution.base import Executor
 from llmlab.execution.cost import RooflineCost, find_profile, is_profile, machine_here, wall_cost, warn_if_foreign
+from llmlab.execution.pool_plan import GRAPH_BYTES, Memory, budget_bytes, kv_blocks, no_room, out_of_memory
 from llmlab.execution.sim_executor import PseudoTokens, SimExecutor
+from llmlab.kernels.capability import check_dtype, default_dtype
+from llmlab.kernels.quant_spec import parse_quantization
 from llmlab.memory.eviction import EVICTIONS, LRU
 from llmlab.memory.kv_manager import KVManager
 from llmlab.memory.tiers import TIERINGS
@@ -35,6 +38,8 @@ from llmlab.types import ConfigError
 from roofline import hardware as hw
 from roofline import shapes
 from roofline.errors import RooflineError
+from roofline.memory import activation_bytes, weight_bytes
+from roofline.precision import Precision
 
 if TYPE_CHECKING:
     from llmlab.execution.offload import ExpertOffload
@@ -47,7 +52,6 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }  # fmt: skip
 # The KV pool of a real engine, if nobody says how large: enough for the lab models, harmless for large ones.
 DEFAULT_KV_BYTES = 512 << 20
-SIM_KV_SHARE = 0.9  # of device memory, for weights and KV together (vLLM's gpu_memory_utilization)
 
 
 class ModelFacts(NamedTuple):
@@ -130,9 +134,10 @@ def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: E
     from llmlab import __version__
 
     model, device = backend.model, backend.hardware
+    linear = Precision.parse(backend.precision).linear_format
     log.emit(
         ev.RunStarted, mode=executor.mode, config=effective, code=__version__, seed=config.seed, level=config.log_level,
-        hardware={"name": device.name, "bandwidth": device.bandwidth, "threads_why": backend.threads_why,
+        hardware={"name": device.name, "bandwidth": device.bandwidth, "peak": device.peak_of(linear), "threads_why": backend.threads_why,
                   **executor.describe()},
         model={"name": model.name, "vocab_size": model.vocab_size, "eos_token_ids": list(model.eos_token_ids),
                "kv_bytes_per_token": backend.bytes_per_token, "precision": backend.precision,
@@ -205,19 +210,16 @@ def _torch_backend(config: EngineConfig) -> Backend:
 
     from llmlab.execution.threads import choose_threads
     from llmlab.kernels.dispatch import make_kernels
-    from llmlab.models.loader import load_model
 
     device = _device(config, torch)
     threads = choose_threads(config.num_threads)
-    dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
+    dtype = _dtype_for(config, device)
     kernels = make_kernels(config.kernels, device, _torch_dtype(torch, dtype), threads.num_threads)
     offload = _offload(config, kernels, device)
-    loaded = load_model(config.model, dtype, device, offload.kernels if offload else kernels, config.random_weights,
-                        config.seed, config.max_model_len, _hold(config))  # fmt: skip
+    loaded = _load(config, dtype, device, offload.kernels if offload else kernels)
     shape = roofline_shape(loaded)
-    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(loaded.dtype).removeprefix("torch.")]
-    machine = _hardware(config.hardware or ("cpu-2core" if device == "cpu" else "a10"))
-    precision = precision if precision in machine.peak else machine.default_dtype
+    machine = _machine_of(config, device, torch)
+    precision = _precision(loaded, machine, config)
     if is_profile(machine.name):
         here = machine_here(torch.get_num_threads(), "cpu" if device == "cpu" else torch.cuda.get_device_name())
         warn_if_foreign(find_profile(machine.name), shape, here)
@@ -231,6 +233,8 @@ def _offload(config: EngineConfig, kernels: Any, device: str) -> ExpertOffload |
     """Who keeps a mixture's experts, if they are not to be on the device all together."""
     if config.weights == "resident":
         return None
+    if config.quantization is not None:
+        raise ConfigError("quantization", config.quantization, "narrow experts cannot be offloaded yet", "Choose weights='resident'.")
     from llmlab.execution.offload import ExpertOffload
     from llmlab.kernels.dispatch import make_kernels
 
@@ -246,6 +250,61 @@ def _hold(config: EngineConfig) -> Any:
         return held_in_memory
     size = config.layer_window
     return lambda num_layers, make: LayerWindow(num_layers, size, make)
+
+
+def _load(config: EngineConfig, dtype: str, device: str, kernels: Any) -> LoadedModel:
+    """The model on its device; a device that is too small is answered with what would fit."""
+    import torch
+
+    from llmlab.models.loader import load_model, shape_of
+
+    try:
+        return load_model(config.model, dtype, device, kernels, config.random_weights, config.seed, config.max_model_len,
+                          _hold(config), config.quantization)  # fmt: skip
+    except torch.OutOfMemoryError:
+        count, width = shape_of(config.model).num_parameters(), 4 if dtype == "float32" else 2
+        free = float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) if device == "cuda" else 0.0
+        raise out_of_memory(config.model, dtype, float(count * width), free, count * 0.6) from None
+
+
+def _dtype_for(config: EngineConfig, device: str) -> str:
+    """What "auto" means: float32 on a CPU, float16 on Turing, bfloat16 from Ampere on. Raises ConfigError."""
+    if device == "cpu":
+        return "float32" if config.dtype == "auto" else config.dtype
+    from llmlab.kernels.dispatch import device_capability
+
+    capability = device_capability(device)
+    dtype = default_dtype(capability) if config.dtype == "auto" else config.dtype
+    check_dtype(capability, dtype)
+    return dtype
+
+
+def _machine_of(config: EngineConfig, device: str, torch: Any) -> hw.Hardware:
+    """What costs are predicted for: what was asked for, else the device at hand if the table knows it, else an A10."""
+    if config.hardware is not None or device == "cpu":
+        return _hardware(config.hardware or "cpu-2core")
+    try:
+        return hw.get(torch.cuda.get_device_name())
+    except RooflineError:
+        return hw.get("a10")
+
+
+def _precision(loaded: LoadedModel, machine: hw.Hardware, config: EngineConfig) -> str:
+    """The cost model's name for the widths of a loaded model."""
+    plain = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(loaded.dtype).removeprefix("torch.")]
+    plain = plain if plain in machine.peak else machine.default_dtype
+    return _narrowed(config, plain, machine.name)
+
+
+def _narrowed(config: EngineConfig, plain: str, machine: str) -> str:
+    """The width code of quantised weights beside activations of the plain format. Raises ConfigError."""
+    if config.quantization is None:
+        return plain
+    spec = parse_quantization(config.quantization)
+    if is_profile(machine):
+        raise ConfigError("quantization", config.quantization, f"the profile {machine} was measured with wide weights",
+                          "Name a device of the table as hardware.")  # fmt: skip
+    return spec.precision(32 if plain == "fp32" else 16)
 
 
 def _device(config: EngineConfig, torch: Any) -> str:
@@ -278,6 +337,7 @@ def _sim_backend(config: EngineConfig) -> Backend:
     if is_profile(machine.name) and dtype != own:
         raise ConfigError("dtype", config.dtype, f"the profile {machine.name} was measured in {own}",
                           "Leave dtype out, or measure a profile in that format.")  # fmt: skip
+    dtype = _narrowed(config, dtype, machine.name)
     cost = RooflineCost(shape, machine.name, config.block_size, dtype, _host(config))
     facts = ModelFacts(shape.name, shape.vocab_size, config.max_model_len or 1 << 20, (shape.vocab_size - 1,), shape)
     return Backend(facts, cost, machine, None, None, "", shape.kv_bytes_per_token(dtype), dtype)
@@ -318,16 +378,38 @@ def _host(config: EngineConfig) -> hw.Hardware | None:
 
 
 def _default_num_blocks(config: EngineConfig, backend: Backend) -> int:
+    """Blocks that memory has room for; on a CPU without a budget a fixed share, as memory is not the device's own."""
     per_block = backend.bytes_per_token * config.block_size
-    if backend.loaded is not None:
+    budget = None if config.gpu_memory is None else budget_bytes(config.gpu_memory)
+    on_gpu = backend.loaded is not None and backend.loaded.device.type == "cuda"
+    if backend.loaded is not None and budget is None and not on_gpu:
         most = config.max_num_seqs * -(-backend.model.max_model_len // config.block_size)
         return max(1, min(most, int(DEFAULT_KV_BYTES // per_block)))
-    weights = backend.model.shape.weight_bytes()
-    free = SIM_KV_SHARE * backend.hardware.memory_bytes - weights
-    if free < per_block:
-        raise ConfigError("model", config.model, f"its weights need {weights / 1e9:.1f} GB, {backend.hardware.name} has "
-                          f"{backend.hardware.memory_bytes / 1e9:.1f} GB", "Choose a larger device or a smaller model.")  # fmt: skip
-    return int(free // per_block)
+    memory = _memory(config, backend)
+    blocks = kv_blocks(memory, per_block, budget)
+    if blocks < 1:
+        int4 = weight_bytes(backend.model.shape, Precision.parse(parse_quantization("int4").precision(16)))
+        asked = ("model", config.model) if budget is None else ("gpu_memory", config.gpu_memory)
+        raise no_room(*asked, memory, per_block, budget, int4)
+    if backend.loaded is not None:
+        blocks = min(blocks, config.max_num_seqs * -(-backend.model.max_model_len // config.block_size))
+    return blocks
+
+
+def _memory(config: EngineConfig, backend: Backend) -> Memory:
+    """Bytes of the device that weights and KV live on. Only a GPU is asked; the others are taken from the table."""
+    shape, precision = backend.model.shape, Precision.parse(backend.precision)
+    weights = weight_bytes(shape, precision)
+    if backend.loaded is None:
+        return Memory(backend.hardware.memory_bytes, 0.0, weights, 0.0)
+    active = activation_bytes(shape, precision, config.max_num_batched_tokens, config.max_num_seqs)
+    if backend.loaded.device.type != "cuda":
+        return Memory(backend.hardware.memory_bytes, 0.0, weights, active)
+    import torch
+
+    free, total = torch.cuda.mem_get_info(backend.loaded.device)
+    ours = float(torch.cuda.memory_reserved(backend.loaded.device))
+    return Memory(float(total), max(0.0, total - free - ours), ours, active, GRAPH_BYTES)
 
 
 def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: int, num_host_blocks: int) -> Executor:

@@ -22,6 +22,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     step while the previous one runs. `weights` places the experts of a mixture of which only `num_expert_slots` (over all
     layers; None: a quarter) fit on the device; `layer_window` keeps only so many layers of a model in memory and reads the
     others from disk as they come round. `host` names the CPU beside the device, for the cost of what is placed there.
+    `quantization`: "int8" or "int4" weights ("int4-g32-sym": group and zero, too). `gpu_memory`: what the engine may
+    take of the device, in bytes, as "16GB", or as the device that it stands for ("t4").
     Raises ConfigError.
     """
 
@@ -34,6 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kernels: Literal["auto", "torch", "numba", "triton"] = "auto"
     num_threads: int | None = None
     random_weights: bool = False
+    quantization: str | None = None
+    gpu_memory: str | int | None = None
 
     block_size: int = 16
     num_blocks: int | None = None

@@ -12,7 +12,7 @@ _ALIASES = {
     "f32": "fp32", "float32": "fp32", "float": "fp32", "f16": "fp16", "float16": "fp16", "half": "fp16",
     "bfloat16": "bf16", "e4m3": "fp8", "float8": "fp8", "i8": "int8", "i4": "int4",
 }  # fmt: skip
-_WAK = re.compile(r"w(\d+)a(\d+)(?:kv(\d+))?")
+_WAK = re.compile(r"w(\d+(?:\.\d+)?)a(\d+)(?:kv(\d+))?")
 
 
 def canonical(dtype: str) -> str:
@@ -56,7 +56,7 @@ class Precision:
         match = _WAK.fullmatch(text.lower())
         if match:
             weight, act = float(match[1]), float(match[2])
-            return cls.of_bits(weight, act, float(match[3] or act))
+            return cls.of_bits(weight, act, float(match[3] or act), "fp16" if act <= 16 else "fp32")
         name = canonical(text)
         bits = float(_FORMATS[name])
         wide = name if bits >= 16 else "fp16"
@@ -70,10 +70,10 @@ class Precision:
 
     @property
     def edge(self) -> Precision:
-        """The precision of embedding and head, which quantisation leaves at 16 bits."""
+        """The precision of embedding and head, which quantisation leaves as wide as activations, at least 16 bits."""
         if self.weight_bits >= 16:
             return self
-        return replace(self, weight_bits=16.0, linear_format=self.attention_format)
+        return replace(self, weight_bits=max(16.0, self.act_bits), linear_format=self.attention_format)
 
     @property
     def weight_bytes(self) -> float:

@@ -41,6 +41,8 @@ ABOUT: Mapping[str, About] = {
     "kernels": About("Model and machine", "Kernel set; `llmlab kernels` says what auto means here."),
     "num_threads": About("Model and machine", "Threads on the CPU.", ("--threads", "--num-threads")),
     "random_weights": About("Model and machine", "Fill a shape with random weights (speed is real, answers are not)."),
+    "quantization": About("Model and machine", "Narrow weights: int8 or int4, with -gN and -sym or -asym if you like (int4-g32-sym)."),
+    "gpu_memory": About("KV memory", "What weights and KV may take: bytes, 16GB, or the card to imitate (t4)."),
     "block_size": About("KV memory", "Tokens in a KV block."),
     "num_blocks": About("KV memory", "Blocks in the KV pool; auto: from memory."),
     "num_host_blocks": About("KV memory", "Blocks of the host tier; auto: as many as the pool."),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmlab.events import catalog as ev
+from llmlab.types import Cost
 
 
 @dataclass
@@ -112,6 +113,8 @@ class RunMetrics:
     e2e: Summary
     queue_time: Summary
     predicted_over_measured: Summary
+    mfu: Summary
+    mbu: Summary
 
     def rows(self) -> list[tuple[str, Any]]:
         """(name, value) pairs, flat, in the order of the page that defines them."""
@@ -135,8 +138,11 @@ class MetricsFold:
         self._start: float | None = None
         self._batch_tokens = 0
         self._schedule = self._execute = 0.0
-        self._predicted: dict[int, float] = {}
+        self._predicted: dict[int, Cost] = {}
         self._ratios: list[float] = []
+        self._peak = self._bandwidth = 0.0
+        self._mfu: list[float] = []
+        self._mbu: list[float] = []
         self._handlers = {
             ev.RunStarted: self._run_started, ev.RequestArrived: self._arrived, ev.RequestRefused: self._refused,
             ev.RequestAdmitted: self._admitted, ev.RequestPreempted: self._preempted,
@@ -159,6 +165,7 @@ class MetricsFold:
     # ------------------------------------------------------------------------------------ handlers
     def _run_started(self, event: ev.RunStarted) -> None:
         self.mode = event.mode
+        self._peak, self._bandwidth = (float(event.hardware.get(name) or 0.0) for name in ("peak", "bandwidth"))
 
     def _arrived(self, event: ev.RequestArrived) -> None:
         spec = event.spec
@@ -193,7 +200,7 @@ class MetricsFold:
 
     def _planned(self, event: ev.StepPlanned) -> None:
         if event.predicted is not None:
-            self._predicted[event.step] = event.predicted.seconds
+            self._predicted[event.step] = event.predicted
         requests = self.requests
         for item in event.items:
             request, (start, stop) = requests[item.request], item.tokens
@@ -211,8 +218,14 @@ class MetricsFold:
         self._execute += event.measured.execute
         self._batch_tokens += event.num_tokens
         predicted = self._predicted.pop(event.step, None)
-        if predicted and event.measured.execute:
-            self._ratios.append(predicted / event.measured.execute)
+        seconds = event.measured.execute
+        if predicted is not None and seconds:
+            if predicted.seconds:
+                self._ratios.append(predicted.seconds / seconds)
+            if self._peak:
+                self._mfu.append(predicted.flops / seconds / self._peak)
+            if self._bandwidth:
+                self._mbu.append(predicted.bytes.hbm / seconds / self._bandwidth)
 
     def _leapt(self, event: ev.Leapt) -> None:
         self.num_steps += event.num_steps
@@ -244,6 +257,7 @@ class MetricsFold:
             ttft=Summary.of(r.ttft for r in done), tpot=Summary.of(r.tpot for r in done),
             itl=Summary.of(gap for r in done for gap in r.itl), e2e=Summary.of(r.e2e for r in done),
             queue_time=Summary.of(r.queue_time for r in done), predicted_over_measured=Summary.of(self._ratios),
+            mfu=Summary.of(self._mfu), mbu=Summary.of(self._mbu),
         )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from llmlab.kernels.norm_rope import heads_dense, norm_rows, regular, rope_store
 from llmlab.kernels.numba_attention import attention_call, quick_plan, supports
 from llmlab.kernels.pool import Pool, openmp
 from llmlab.kernels.program import Program
+from llmlab.kernels.quant_linear import NarrowLinear
 from llmlab.kernels.quantized import QuantizedTensor
 from llmlab.kernels.vector import LANES, SHAPE
 from llmlab.types import LabError
@@ -35,7 +36,7 @@ class NumbaKernels(BaseKernels):
 
     def linear(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> LinearImpl:
         if isinstance(weight, QuantizedTensor):
-            return super().linear(weight, bias)
+            return NarrowLinear(weight, bias, self.pool)
         return PackedLinear(weight, bias, self.pool)
 
     def experts(self, w_gate_up: Tensor | QuantizedTensor, w_down: Tensor | QuantizedTensor) -> ExpertsImpl:

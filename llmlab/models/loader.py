@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from llmlab.kernels.dispatch import Kernels, make_kernels
+from llmlab.kernels.quant_spec import parse_quantization
 from llmlab.models.checkpoint import Checkpoint
 from llmlab.models.files import read_json
 from llmlab.models.hub import fetch
 from llmlab.models.model_shape import ModelShape
+from llmlab.models.quantize import QuantizedWeights, QuantReport
 from llmlab.models.shapes import from_hf_config
 from llmlab.models.tokenizer import HFTokenizer, NoTokenizer, load_tokenizer
 from llmlab.models.transformer import Hold, Transformer, held_in_memory
@@ -40,6 +42,7 @@ class LoadedModel:
     max_model_len: int
     len_note: str
     directory: Path | None
+    quantization: QuantReport | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,11 +68,13 @@ def load_model(
     seed: int = 0,
     max_model_len: int | None = None,
     hold: Hold = held_in_memory,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """Load a shipped model, a directory, a hub id, or (with `random_weights`) a known shape.
 
     `dtype`: "auto" (the checkpoint's), "f32", "bf16", "f16". `kernels`: a name for `make_kernels`, or a
-    kernel set. `random_weights` ignores the weights of a directory too. `hold`: see `Transformer`. Raises ModelError naming what is
+    kernel set. `random_weights` ignores the weights of a directory too. `hold`: see `Transformer`.
+    `quantization`: "int8", "int4", ... (`quant_spec.parse_quantization`). Raises ModelError naming what is
     wrong and the way out; a model is returned whole or not at all.
     """
     found = resolve(str(path_or_name))
@@ -85,20 +90,29 @@ def load_model(
         if directory and not random_weights
         else RandomWeights(shape, seed, torch_dtype, device)
     )
+    narrow = None if quantization is None else QuantizedWeights(weights, parse_quantization(quantization))
     length = _model_length(shape, max_model_len)
     if isinstance(kernels, str):
         kernels = make_kernels(kernels, device=device, dtype=torch_dtype)
     tokenizer = load_tokenizer(directory) if directory else NoTokenizer(found.name)
     return LoadedModel(
         name=found.name,
-        model=Transformer(shape, weights, kernels, length.tokens, hold),
+        model=Transformer(shape, weights if narrow is None else narrow, kernels, length.tokens, hold),
         shape=shape,
         tokenizer=tokenizer,
         eos_token_ids=_eos_token_ids(directory, config) or tokenizer.eos_token_ids,
         max_model_len=length.tokens,
         len_note=length.note,
         directory=directory,
+        quantization=None if narrow is None else narrow.report,
     )
+
+
+def shape_of(path_or_name: str | Path) -> ModelShape:
+    """What a model computes, without reading its weights. Raises ModelError."""
+    found = resolve(str(path_or_name))
+    directory = fetch(found.hub_id) if found.hub_id else found.directory
+    return found.shape or from_hf_config(read_config(directory) if directory else {})
 
 
 def _model_length(shape: ModelShape, wanted: int | None) -> _Length:

@@ -1,0 +1,78 @@
+"""How much memory a KV pool may take: pure arithmetic on bytes. Imports no torch.
+
+    capacity = min(device, budget)
+    |-- share that the engine may use (MEMORY_SHARE) --------------------------------|  rest
+    | held by others | weights | activations of the largest step | reserve |  KV pool  |
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from llmlab.types import ConfigError
+from roofline import hardware as hw
+from roofline.errors import RooflineError
+
+MEMORY_SHARE = 0.9  # vLLM's gpu_memory_utilization
+GRAPH_BYTES = 512 << 20  # what captured graphs, their workspaces and the allocator's rounding may take on a GPU
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+class Memory(NamedTuple):
+    """Bytes of a device as an engine finds it after its weights are loaded. `held`: by other programs."""
+
+    capacity: float
+    held: float
+    weights: float
+    activations: float
+    reserve: float = 0.0
+
+
+def budget_bytes(text: str | int) -> float:
+    """Bytes of a budget: a number, "16GB", "8GiB", or a device of the hardware table ("t4"). Raises ConfigError."""
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return float(text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?b?)", str(text).lower())
+    if match and match[2] in _UNITS and float(match[1]) > 0:
+        return float(match[1]) * _UNITS[match[2]]
+    try:
+        return hw.get(str(text)).memory_bytes
+    except RooflineError as error:
+        raise ConfigError("gpu_memory", text, f"is neither a size nor a known device ({error})",
+                          "Write bytes, '16GB', '8GiB', or a device such as 't4'.") from None  # fmt: skip
+
+
+def kv_blocks(memory: Memory, block_bytes: float, budget: float | None = None) -> int:
+    """Blocks that fit, possibly 0 or less than nothing: see `no_room`."""
+    capacity = memory.capacity if budget is None else min(memory.capacity, budget)
+    # a budget stands for a device of its own: nobody else is on it
+    held = memory.held if budget is None or budget >= memory.capacity else 0.0
+    return int((capacity * MEMORY_SHARE - held - memory.weights - memory.activations - memory.reserve) // block_bytes)
+
+
+def no_room(field: str, value: object, memory: Memory, block_bytes: float, budget: float | None, int4_bytes: float) -> ConfigError:
+    """What to tell a user whose model leaves no room for KV: what it needs, and what would fit."""
+    capacity = memory.capacity if budget is None else min(memory.capacity, budget)
+    needs = memory.weights + memory.activations + memory.reserve + block_bytes
+    usable = capacity * MEMORY_SHARE - (memory.held if budget is None else 0.0)
+    ways = ["a larger device", "a smaller model"]
+    if memory.activations > 0 and memory.weights + memory.reserve + block_bytes < usable:
+        ways.insert(0, "fewer tokens in a step (max_num_batched_tokens)")
+    if needs - memory.weights + int4_bytes <= usable:
+        ways.insert(0, f"quantization='int4' (weights of {_gb(int4_bytes)} instead of {_gb(memory.weights)})")
+    others = memory.activations + memory.reserve
+    beside = f", activations and workspace {_gb(others)}" if others else ""
+    problem = f"its weights need {_gb(memory.weights)}{beside}: no room for KV in the usable {_gb(usable)} of {_gb(capacity)}"
+    return ConfigError(field, value, problem, f"Choose {' or '.join(ways)}.")
+
+
+def out_of_memory(model: str, dtype: str, needed: float, free: float, int4_bytes: float) -> ConfigError:
+    """What to tell a user whose device ran out of memory while the weights were loaded."""
+    way = "quantization='int4'" if int4_bytes < free else "a smaller model or a larger device"
+    return ConfigError("model", model, f"does not fit: its weights take {_gb(needed)} in {dtype}, {_gb(free)} are free",
+                       f"Choose {way}; shorter contexts and fewer sequences do not help here.")  # fmt: skip
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
