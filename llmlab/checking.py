@@ -130,7 +130,8 @@ def _plain_items(answer: Any, args: tuple[Any, ...]) -> Any:
 
 
 def _plain_places(answer: Any, args: tuple[Any, ...]) -> Any:
-    return tuple((item.request, item.device, item.lane) for item in seamcalls.checked_places(answer, args[1]))
+    view, items = args
+    return tuple((item.request, item.device, item.lane) for item in seamcalls.checked_places(answer, items, view).items)
 
 
 def _plain_mode(answer: Any, args: tuple[Any, ...]) -> Any:

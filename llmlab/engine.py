@@ -245,7 +245,11 @@ class Engine:
         """A plan as the executor gets it, with what has to be forgotten before it."""
         tables, sequences = self.scheduler.memory.tables, self.scheduler.sequences
         size = self.config.block_size
-        rows = tuple(row_of(i, sequences[i.request].request, tables[i.request].block_ids, size) for i in plan.items)
+        rows = tuple(
+            row_of(i, sequences[i.request].request,
+                   tables[i.request].block_ids if i.home == "device" else tables[i.request].host_block_ids, size)
+            for i in plan.items
+        )  # fmt: skip
         forget, self._forget = tuple(self._forget), []
         return StepBatch(plan, rows, forget)
 

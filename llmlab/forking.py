@@ -205,7 +205,7 @@ def _continue(run: Run, engine: Engine, position: int, flying: Sequence[ev.StepF
     """Run to the end: steps in flight as recorded, then simulated ones. The fork's own `changes` stay as they are."""
     outside = Outside(run, position, RecordedTokens(run, engine.model.vocab_size), tuple(changes))
     for done in flying:
-        result = StepResult(done.step, done.results, done.measured)
+        result = StepResult(done.step, done.results, done.measured, lost=done.lost)
         engine.adopt(StepPlan(done.step, ()), SimTicket(result, done.t, engine.clock))
     for event in run.log_events[position:]:
         if isinstance(event, ev.RequestArrived):

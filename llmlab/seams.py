@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
-from llmlab.types import Commit, Cost, FinishReason, ItemResult, Move, Request, Status, WorkItem
+from llmlab.types import Commit, Cost, FinishReason, Home, ItemResult, Move, Request, Status, WorkItem
 
 Key = float | int | tuple[Any, ...]
 
@@ -25,7 +25,7 @@ class RequestView(msgspec.Struct, frozen=True):
     """One request as a policy may see it. Token counts; `arrival`, `deadline` in seconds.
 
     `num_cached_tokens` of a queued request is what the prefix cache holds for it right now (a hint).
-    `metadata` is the client's, e.g. `{"output_len": 80}` for oracle policies.
+    `metadata` is the client's, e.g. `{"output_len": 80}` for oracle policies. `home` and `cursor`: see `types.Sequence`.
     """
 
     id: str
@@ -40,6 +40,9 @@ class RequestView(msgspec.Struct, frozen=True):
     num_blocks: int
     num_preemptions: int
     request: Request
+    home: Home = "device"
+    cursor: int = 0
+    num_host_blocks: int = 0
 
     @property
     def num_output_tokens(self) -> int:
@@ -90,7 +93,8 @@ class Limits(msgspec.Struct, frozen=True):
 class EngineView(msgspec.Struct, frozen=True):
     """All that a policy sees: frozen and capped. `waiting` holds the head of the queue in order
     (`num_waiting` counts all); `running` is in order of admission. `consider` prices a hypothetical list of
-    items and logs it as an alternative of the decision in progress."""
+    items and logs it as an alternative of the decision in progress. `cpu`: whether the CPU can attend to KV in host
+    memory; `costs` predicts the parts of a step, one layer and one resource at a time."""
 
     now: float
     step: int
@@ -100,6 +104,8 @@ class EngineView(msgspec.Struct, frozen=True):
     pool: PoolView
     limits: Limits
     consider: Callable[[str, Sequence[WorkItem]], Cost]
+    cpu: bool = False
+    costs: LayerCost | None = None
 
 
 class Offers(msgspec.Struct, frozen=True):
@@ -182,12 +188,46 @@ class Composer(Protocol):
 
 
 # -------------------------------------------------------------------------------- C: placement
+class Rehome(msgspec.Struct, frozen=True):
+    """Bring a running request's KV to the other tier before the step runs. It is left where it is if the tier is full."""
+
+    request: str
+    home: Home
+
+
+class Mode(msgspec.Struct, frozen=True):
+    """A way to run the step that was considered: output tokens per second that it promises, and its seconds."""
+
+    name: str
+    rate: float
+    seconds: float
+    why_not: str = ""
+
+
+class Placed(msgspec.Struct, frozen=True):
+    """A placement: the items to run (those left out wait), which KV moves first, the mode, and what was weighed."""
+
+    items: tuple[WorkItem, ...]
+    moves: tuple[Rehome, ...] = ()
+    mode: str = ""
+    reason: str = ""
+    considered: tuple[Mode, ...] = ()
+
+
 @runtime_checkable
 class Placement(Protocol):
-    """On which device and lane each item runs. With `steady = True` in the class that defines it, `place` promises to leave
-    items of one new token as they are, so that simulations need not ask in every step."""
+    """On which device, in which lane and through which layers each item runs.
 
-    def place(self, view: EngineView, items: Sequence[WorkItem]) -> Sequence[WorkItem]: ...
+    `place` answers the items, changed in `device`, `lane` and `layers` only (`WorkItem.passing`), or a `Placed`. What is
+    impossible is put right by the core: KV on the device is attended to on the device, and layers follow the cursor.
+
+    A placement that uses host memory also has `home(view, request, need) -> "device" | "cpu"`: where a queued request's KV
+    is to live if it starts now (`need`: device blocks that it would take). Those already let in within this step stand in
+    `view.running` with the status they had in the queue. With `steady = True` in the class that defines it, `place` promises
+    to leave items of one new token as they are, so that simulations need not ask in every step.
+    """
+
+    def place(self, view: EngineView, items: Sequence[WorkItem]) -> Sequence[WorkItem] | Placed: ...
 
 
 Where = Literal["device", "fetch", "stream", "cpu", "defer"]
@@ -339,6 +379,10 @@ class CostModel(Protocol):
 
     def block_bytes(self) -> int:
         """Bytes of KV in one block, over all layers."""
+        ...
+
+    def layers(self) -> LayerCost:
+        """The same predictions, by layer and resource."""
         ...
 
 

@@ -227,6 +227,7 @@ class Status(StrEnum):
 
 QUEUED = (Status.WAITING, Status.PREEMPTED, Status.SWAPPED)
 FinishReason = Literal["stop", "length", "abort", "error"]
+Home = Literal["device", "cpu"]  # where a request's KV lies: in the device's pool or in the host's
 
 
 # --------------------------------------------------------------------------------- what is executed
@@ -236,13 +237,25 @@ class WorkItem(msgspec.Struct, frozen=True, omit_defaults=True):
         position:  0 ........ tokens.start ........ tokens.stop ....
                    KV exists  computed by this item  not yet
 
-    `layers=None` means all of them. `emit="sample"` asks for the token at position `tokens.stop`.
+    `layers=None` means all of them, from the embedding on. `emit="sample"` asks for the token at position `tokens.stop`.
+
+    `home` says where the KV lies, `device` where the attention runs; linear layers run on the device always.
+
+        home device, device device    attention over device blocks
+        home cpu,    device cpu       attention on the CPU, over host blocks
+        home cpu,    device device    attention on the device; KV passes through a staging layer, from and to host blocks
+
+    A row on the CPU may pass only some layers in a step. `layers=Span(a, b)` goes on behind the attention of layer a - 1,
+    which an earlier step began, and begins the attention of layers a .. b - 1; it waits for each of them but, with
+    `emit="none"`, the last. So `Span(l, l + 1)` waits for no attention of its own step, and after the last layer
+    `Span(L, L)` takes up what is left: the token. `layers=None` starts the token afresh, whatever was begun.
     """
 
     request: str
     tokens: Span
     layers: Span | None = None
     device: Literal["device", "cpu"] = "device"
+    home: Home = "device"
     lane: int = 0
     mask: Literal["causal", "tree", "block"] = "causal"
     kv_write: Literal["append", "overwrite", "none"] = "append"
@@ -255,6 +268,17 @@ class WorkItem(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def num_tokens(self) -> int:
         return self.tokens[1] - self.tokens[0]
+
+    @property
+    def halfway(self) -> bool:
+        """Whether its token stays half-way, with an attention running."""
+        return self.layers is not None and self.emit == "none"
+
+    def passing(self, layer: int, num_layers: int) -> WorkItem:
+        """The same work on the CPU, but this step only begins `layer`'s attention; at `num_layers` it ends instead."""
+        last = layer == num_layers
+        return msgspec.structs.replace(self, device="cpu", layers=Span(layer, layer if last else layer + 1),
+                                       emit=self.emit if last else "none")  # fmt: skip
 
     def shortened(self, num_tokens: int) -> WorkItem:
         """The same work, only its first `num_tokens` tokens; a cut item emits nothing."""
@@ -350,7 +374,7 @@ class WeightMove(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What came back from the executor for one StepPlan."""
+    """What came back from the executor for one StepPlan. `lost`: resources that died and will do no more ("cpu")."""
 
     step: int
     results: tuple[ItemResult, ...]
@@ -358,6 +382,7 @@ class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
     spans: tuple[ResourceSpan, ...] = ()
     experts: tuple[ExpertDispatch, ...] = ()
     weight_moves: tuple[WeightMove, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------- costs
@@ -388,10 +413,13 @@ class Sequence:
         token_ids:  [ prompt ............ | output ......... ] + num_pending tokens in flight
                      0 .. num_computed_tokens: KV written, or being written by a step in flight
 
-    `num_pending` counts sampled tokens that the executor owns but the scheduler has not seen yet.
+    `num_pending` counts sampled tokens that the executor owns but the scheduler has not seen yet. `home` says where the
+    KV lies. `cursor`: layers whose attention has begun for a token that is half-way (0: none is). `device_bound`: it ran
+    out of host memory and may live on the device only.
     """
 
-    __slots__ = ("block_hashes", "cause", "epoch", "finish_reason", "inflight_step", "key", "logged_wait",
+    __slots__ = ("block_hashes", "cause", "cursor", "device_bound", "epoch", "finish_reason", "home", "inflight_step", "key",
+                 "logged_wait",
                  "num_cached_tokens", "num_computed_tokens", "num_pending", "num_preemptions",
                  "num_prompt_tokens", "request", "status", "token_ids", "waiting_reason")
 
@@ -412,6 +440,9 @@ class Sequence:
         self.cause = -1
         self.waiting_reason = ""
         self.logged_wait = ""
+        self.home: Home = "device"
+        self.cursor = 0
+        self.device_bound = False
 
     @property
     def id(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from llmlab.types import Cost, Durations, FinishReason, ItemResult, Move, Request, WorkItem
+from llmlab.types import Cost, Durations, FinishReason, Home, ItemResult, Move, Request, WorkItem
 
 SCHEMA = 1
 
@@ -70,6 +70,13 @@ class Reconfigured(Event, frozen=True, tag=True):
     changes: Mapping[str, Any]
 
 
+class ResourceLost(Event, frozen=True, tag=True):
+    """A resource died ("cpu": the worker that attends to host KV). The step's rows were computed elsewhere."""
+
+    LEVEL: ClassVar[int] = 0
+    resource: str
+
+
 class InvariantViolated(Event, frozen=True, tag=True):
     """The integrity check found a contradiction: a bug in the core, never in a policy."""
 
@@ -95,7 +102,8 @@ class RequestRefused(Event, frozen=True, tag=True):
 class RequestWaiting(Event, frozen=True, tag=True):
     """Why a queued request was not started in this step; logged when the reason changes."""
 
-    reason: Literal["behind", "seats", "memory", "budget", "composer", "sibling", "policy", "in_flight"]
+    reason: Literal["behind", "seats", "memory", "budget", "composer", "sibling", "policy", "in_flight", "host_memory",
+                    "placement"]  # fmt: skip
     detail: str = ""
     behind: tuple[str, ...] = ()
 
@@ -108,6 +116,7 @@ class RequestAdmitted(Event, frozen=True, tag=True):
     num_tokens: int = 0
     attempt: int = 0
     source: Literal["prefix", "fork"] = "prefix"
+    home: Home = "device"
 
 
 class RequestPreempted(Event, frozen=True, tag=True):
@@ -121,10 +130,19 @@ class RequestPreempted(Event, frozen=True, tag=True):
 
 
 class RequestResumed(Event, frozen=True, tag=True):
-    """A swapped request is back on the device with all its KV."""
+    """A swapped request runs again: with all its KV back on the device, or where its KV lies, on the host."""
 
     LEVEL: ClassVar[int] = 1
     num_tokens: int
+    num_blocks: int = 0
+    home: Home = "device"
+
+
+class RequestRehomed(Event, frozen=True, tag=True):
+    """A running request's KV goes to the other tier; it goes on there."""
+
+    LEVEL: ClassVar[int] = 1
+    home: Home
     num_blocks: int = 0
 
 
@@ -272,6 +290,7 @@ class StepFinished(Event, frozen=True, tag=True):
     num_running: int = 0
     num_waiting: int = 0
     used_blocks: int = 0
+    lost: tuple[str, ...] = ()
 
 
 class Leapt(Event, frozen=True, tag=True):
@@ -381,11 +400,11 @@ class Decision(Event, frozen=True, tag=True):
 
 
 AnyEvent = (
-    RunStarted | PolicyFailed | Reconfigured | InvariantViolated | RequestArrived | RequestRefused | RequestWaiting
-    | RequestAdmitted | RequestPreempted | RequestResumed | FinishRequested | FirstToken | TokensReleased
-    | RequestFinished | ReserveFailed | PrefixMatched | BlocksReserved | BlockReplaced | BlocksReleased
-    | BlockCached | BlockEvicted | KVMoved | KVDropped | ExpertsDispatched | ExpertFetched | ExpertEvicted
-    | StepPlanned | StepFinished | Leapt | Span | Idle
-    | JoinWait | RolledBack | Decision
+    RunStarted | PolicyFailed | Reconfigured | ResourceLost | InvariantViolated | RequestArrived | RequestRefused
+    | RequestWaiting | RequestAdmitted | RequestPreempted | RequestResumed | RequestRehomed | FinishRequested
+    | FirstToken | TokensReleased | RequestFinished | ReserveFailed | PrefixMatched | BlocksReserved | BlockReplaced
+    | BlocksReleased | BlockCached | BlockEvicted | KVMoved | KVDropped | ExpertsDispatched | ExpertFetched
+    | ExpertEvicted | StepPlanned | StepFinished | Leapt | Span | Idle | JoinWait | RolledBack
+    | Decision
 )  # fmt: skip
 EVENT_TYPES: dict[str, type[Event]] = {kind.__name__: kind for kind in AnyEvent.__args__}

@@ -92,7 +92,7 @@ def feed(scheduler: Schedules, event: ev.Event) -> None:
         scheduler.log.step = event.step
         scheduler.spans.replay(event)
     elif isinstance(event, ev.StepFinished):
-        scheduler.commit(StepResult(event.step, event.results, event.measured))
+        scheduler.commit(StepResult(event.step, event.results, event.measured, lost=event.lost))
 
 
 def compare(recorded: Sequence[ev.Event], replayed: Sequence[ev.Event]) -> list[Difference]:

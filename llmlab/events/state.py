@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmlab.events import catalog as ev
-from llmlab.types import QUEUED, Status, TraceError
+from llmlab.types import QUEUED, Home, Status, TraceError
 
 _MASK = (1 << 64) - 1
 _STATUS_CODE = {status: code for code, status in enumerate(Status)}
@@ -24,10 +24,12 @@ def mix(number: int) -> int:
     return number ^ (number >> 29)
 
 
-def request_fingerprint(number: int, status: Status, num_tokens: int, num_computed: int, last_token: int) -> int:
+def request_fingerprint(number: int, status: Status, num_tokens: int, num_computed: int, last_token: int,
+                        home: Home = "device", cursor: int = 0) -> int:  # fmt: skip
     """What `state_hash` (the XOR over all requests) says about one request."""
     lengths = _STATUS_CODE[status] | num_tokens << 3 | num_computed << 33
-    return mix(lengths + number * 0x9E3779B97F4A7C15 + last_token * 0xD1B54A32D192ED03)
+    place = 0 if home == "device" else (cursor + 1) * 0xA0761D6478BD642F
+    return mix(lengths + number * 0x9E3779B97F4A7C15 + last_token * 0xD1B54A32D192ED03 + place)
 
 
 def block_fingerprint(number: int, index: int, block_id: int) -> int:
@@ -58,6 +60,8 @@ class RequestState:
     finish_reason: str = ""
     waiting_reason: str = "behind"
     fingerprint: int = 0
+    home: Home = "device"
+    cursor: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -116,7 +120,7 @@ class LabState:
     def touch(self, request: RequestState) -> None:
         """Bring the hash up to date after `request` changed."""
         new = request_fingerprint(request.number, request.status, request.num_tokens,
-                                  request.num_computed_tokens, request.last_token)  # fmt: skip
+                                  request.num_computed_tokens, request.last_token, request.home, request.cursor)  # fmt: skip
         self.state_hash ^= request.fingerprint ^ new
         request.fingerprint = new
 
@@ -140,6 +144,7 @@ def _admitted(state: LabState, event: ev.RequestAdmitted) -> None:
     request = state.request(event.request)
     request.status = Status.RUNNING
     request.num_computed_tokens = request.num_cached_tokens = event.num_cached_tokens
+    request.home = event.home
     state.touch(request)
 
 
@@ -149,12 +154,19 @@ def _preempted(state: LabState, event: ev.RequestPreempted) -> None:
     request.status = Status.SWAPPED if event.mode == "swap" else Status.PREEMPTED
     if event.mode == "recompute":
         request.num_computed_tokens = 0
+    request.home, request.cursor = "device", 0
     state.touch(request)
 
 
 def _resumed(state: LabState, event: ev.RequestResumed) -> None:
     request = state.request(event.request)
-    request.status = Status.RUNNING
+    request.status, request.home = Status.RUNNING, event.home
+    state.touch(request)
+
+
+def _rehomed(state: LabState, event: ev.RequestRehomed) -> None:
+    request = state.request(event.request)
+    request.home, request.cursor = event.home, 0
     state.touch(request)
 
 
@@ -162,7 +174,10 @@ def _planned(state: LabState, event: ev.StepPlanned) -> None:
     state.step, state.items = event.step, event.items
     for item in event.items:
         request = state.request(item.request)
-        request.num_computed_tokens = item.tokens[1]
+        if item.halfway and item.layers is not None:
+            request.cursor = item.layers[1]
+        else:
+            request.num_computed_tokens, request.cursor = item.tokens[1], 0
         state.touch(request)
 
 
@@ -182,7 +197,7 @@ def _rolled_back(state: LabState, event: ev.RolledBack) -> None:
 def _finished(state: LabState, event: ev.RequestFinished) -> None:
     request = state.request(event.request)
     request.status, request.finish_reason = Status.FINISHED, event.reason
-    request.num_computed_tokens = 0
+    request.num_computed_tokens, request.home, request.cursor = 0, "device", 0
     state.touch(request)
 
 
@@ -227,6 +242,7 @@ _HANDLERS: dict[type[ev.Event], Callable[[LabState, Any], None]] = {
     ev.RequestAdmitted: _admitted,
     ev.RequestPreempted: _preempted,
     ev.RequestResumed: _resumed,
+    ev.RequestRehomed: _rehomed,
     ev.StepPlanned: _planned,
     ev.StepFinished: _step_finished,
     ev.TokensReleased: _released,

@@ -9,7 +9,8 @@ from llmlab.types import Request, StepPlan, StepResult, WorkItem
 
 
 class Row(NamedTuple):
-    """One item with all that an executor needs for it. `block_ids` cover tokens [0, item.tokens.stop)."""
+    """One item with all that an executor needs for it. `block_ids` cover tokens [0, item.tokens.stop); they are host blocks
+    if `item.home` is "cpu"."""
 
     item: WorkItem
     request: Request
@@ -33,7 +34,8 @@ class Ticket(Protocol):
 class Executor(Protocol):
     """Runs batches strictly in the order of submission. `submit` may return before the work is done;
     `result()` of its ticket waits for it. The executor remembers each request's tokens, so that a step may be
-    submitted before the previous one's tokens are known to anybody else."""
+    submitted before the previous one's tokens are known to anybody else. Host blocks, too, are read and written in the
+    order of submission, so a block given up by one request may be another's in the next batch."""
 
     mode: Literal["measured", "simulated"]
 

@@ -110,6 +110,10 @@ def rows_of(items: Sequence[WorkItem], num_layers: int = 0) -> Rows:
     kv = [item.tokens[1] for item in items]
     logits = [item.emit for item in items].count("sample")
     if num_layers and any([item.layers is not None for item in items]):  # noqa: C419  a list is faster here
+        passing = [item for item in items if item.layers is None or item.layers[1] > item.layers[0]]
+        if len(passing) < len(items):  # what is left of a token behind the last layer is its logits
+            rows = rows_of(passing, num_layers)
+            return replace(rows, logits=min(logits, sum(rows.query)))
         return Rows(query, kv, layers=[item.layers or Span(0, num_layers) for item in items], logits=logits)
     return Rows(query, kv, logits=logits)
 

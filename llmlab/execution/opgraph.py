@@ -171,7 +171,7 @@ def stretches(items: Sequence[WorkItem], num_layers: int) -> list[_Work]:
             found.append(_Work(
                 start, stop, [item for item, _ in active if item.device != "cpu"], [item for item, _ in host],
                 [item for item, span in host if span[0] == start > 0],
-                [item for item, span in host if span[1] == stop < num_layers],
+                [item for item, span in host if span[1] == stop and item.halfway],
             ))  # fmt: skip
     return found
 
@@ -197,14 +197,24 @@ class _Lane:
             self._staying += _tokens(part.arriving)
             for layer in range(part.start, part.stop):
                 self._layer(part, layer)
+        ending = [item for item in self._items if item.layers == (costs.num_layers, costs.num_layers)]
+        if ending:
+            self._end(ending)
         self._settle(costs.num_layers)
         last = self._owed + costs.leave(sum(1 for item in self._items if item.emit == "sample"))
-        return [self._add("device", last, "head", self._wait)] if last else list(self._wait)
+        ready = max((self._pending.joins.get(item.request, 0.0) for item in ending), default=0.0)
+        return [self._add("device", last, "head", self._wait, ready)] if last else list(self._wait)
+
+    def _end(self, ending: Sequence[WorkItem]) -> None:
+        """Rows come back for what follows the last layer's attention."""
+        if self._done != self._costs.num_layers - 1:
+            self._settle(self._costs.num_layers - 1)
+        self._staying += _tokens(ending)
 
     def _settle(self, done: int) -> None:
         """What follows the attention of the last layer built, if any token stays for it; the next is `done` + 1."""
         if self._staying:
-            self._owed += self._costs.around(self._staying, self._done).after
+            self._owed += self._costs.around(self._staying, max(0, self._done)).after
         self._staying, self._done = 0, done
 
     def _layer(self, part: _Work, layer: int) -> None:

@@ -15,7 +15,7 @@ from llmlab.clock import Clock
 from llmlab.execution.base import Row, StepBatch, Ticket
 from llmlab.execution.opgraph import Copied, Pending, build
 from llmlab.execution.timelines import Timelines, busy
-from llmlab.seams import CostModel, LayerCost
+from llmlab.seams import CostModel
 from llmlab.types import Durations, ItemResult, Request, ResourceSpan, Span, StepResult
 
 
@@ -84,8 +84,6 @@ class SimTicket(NamedTuple):
 
 class LayeredCost(CostModel, Protocol):
     """A cost model that also knows its steps by layer and resource."""
-
-    def layers(self) -> LayerCost: ...
 
     def seconds(self, seen: Sequence[int], chunks: Sequence[Span], logits: int) -> float:
         """`step(...).seconds` of rows with one new token, which see `seen` tokens each, and of `chunks` of prompts."""

@@ -80,6 +80,10 @@ class KVManager:
         table = self.tables.get(request)
         return 0 if table is None else len(table.block_ids)
 
+    def num_host_blocks_of(self, request: str) -> int:
+        table = self.tables.get(request)
+        return 0 if table is None else len(table.host_block_ids)
+
     def match(self, seq: Sequence) -> list[int]:
         """Blocks that hold the longest cached prefix of `seq`. Changes nothing; the answer is valid until
         the next call that takes or releases blocks. The last token is never matched, so there is always
@@ -102,6 +106,12 @@ class KVManager:
             shared = 0
         prompt = self.blocks_for(len(seq.token_ids)) - shared
         return Need(prompt, max(prompt, self.blocks_for(seq.request.max_total_tokens) - shared))
+
+    def need_on_host(self, seq: Sequence) -> Need:
+        """Host blocks that starting `seq` with its KV on the host would take from the free ones."""
+        owned = self.num_host_blocks_of(seq.id)  # swapped out: its KV is there already
+        return Need(max(0, self.blocks_for(len(seq.token_ids)) - owned),
+                    max(0, self.blocks_for(seq.request.max_total_tokens) - owned))  # fmt: skip
 
     # -------------------------------------------------------------------------------- taking
     def start(self, seq: Sequence, num_new_tokens: int, cause: int) -> Reserved | Shortage:
@@ -264,6 +274,29 @@ class KVManager:
         for block in self._quarantine.pop(step, ()):
             self.pool.release(block)
 
+    # ---------------------------------------------------------------------- KV that lives on the host
+    # Executors read and write host blocks in the order of submission, so those given up need no quarantine.
+    def start_on_host(self, seq: Sequence, num_new_tokens: int) -> Reserved | Shortage:
+        """Host memory for a queued request, whether new or swapped out; or nothing at all. Host KV is never shared."""
+        if seq.id not in self.tables:
+            stop = min(num_new_tokens, len(seq.token_ids))
+            missing = self.blocks_for(stop)
+            if missing > self.host.num_free:
+                return Shortage(missing, self.host.num_free)
+            self._new_table(seq)
+        else:
+            stop = min(seq.num_computed_tokens + num_new_tokens, len(seq.token_ids))
+        return self.grow_on_host(seq, stop)
+
+    def grow_on_host(self, seq: Sequence, stop: int) -> Reserved | Shortage:
+        """Host memory of a request up to `stop` tokens."""
+        table = self.tables[seq.id]
+        missing = max(0, self.blocks_for(stop) - len(table.host_block_ids))
+        if missing > self.host.num_free:
+            return Shortage(missing, self.host.num_free)
+        table.host_block_ids.extend(self.host.take(missing))
+        return Reserved(stop)
+
     # -------------------------------------------------------------------------------- tiers
     def can_swap_out(self, seq: Sequence) -> bool:
         return self.host.num_free >= self.num_blocks_of(seq.id)
@@ -273,7 +306,7 @@ class KVManager:
         table = self.tables[seq.id]
         self.truncate(seq, seq.num_computed_tokens, cause, until_step)
         src = tuple(table.block_ids)
-        table.host_block_ids = self.host.take(len(src))
+        table.host_block_ids = self.host.take(len(src))  # of the computed tokens, which `can_swap_out` has counted
         self.moves.append(Move("swap_out", seq.id, src, tuple(table.host_block_ids)))
         self._drop_tail(seq, table, 0, cause, until_step)
         table.num_findable = 0
@@ -286,7 +319,7 @@ class KVManager:
         if missing > self.pool.num_free:
             return Shortage(missing, self.pool.num_free)
         self._extend(seq, table, (), missing, cause)
-        src = tuple(table.host_block_ids)
+        src = tuple(table.host_block_ids[: self.blocks_for(seq.num_computed_tokens)])
         self.moves.append(Move("swap_in", seq.id, src, tuple(table.block_ids[: len(src)])))
         self.host.release(table.host_block_ids)
         table.host_block_ids = []

@@ -15,7 +15,7 @@ from llmlab.events.state import request_fingerprint
 from llmlab.events.why import count
 from llmlab.memory.kv_manager import KVManager, Shortage
 from llmlab.scheduling.seamcalls import Considered, Seam
-from llmlab.seams import CostModel, Limits, Need, Offers, RequestView, TierOption
+from llmlab.seams import CostModel, Limits, Need, Offers, Placed, RequestView, TierOption
 from llmlab.types import Cost, Request, Sequence, Span, Status, StepPlan, StepResult, WorkItem, total_tokens
 
 FINISHED = Status.FINISHED  # looking a member up in its Enum costs as much as a call
@@ -81,6 +81,24 @@ class Journal:
             ev.Decision, seam=seam.name, policy=seam.policy_name, num_candidates=num_offers,
             chosen=" ".join(f"{name}:{count}" for name, count in tokens.items()), alternatives=(*considered, *alternatives),
             reason=f"{sum(tokens.values())} of {self.limits.max_num_batched_tokens} tokens",
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------- placement
+    def placement(self, seam: Seam[Any], placed: Placed) -> None:
+        """A Decision, if there was anything to weigh; the score of a mode is its seconds per token."""
+        chosen = next((m for m in placed.considered if m.name == placed.mode), None)
+        others = tuple(
+            ev.Alternative(m.name, 1 / m.rate if m.rate else None, not m.why_not, m.why_not or f"{m.rate:.1f} tokens/s",
+                           Cost(m.seconds))
+            for m in placed.considered if m is not chosen
+        )  # fmt: skip
+        if chosen is None and not others:
+            return
+        rate = f"{chosen.rate:.1f} tokens/s" if chosen is not None else ""
+        self.log.emit(
+            ev.Decision, seam=seam.name, policy=seam.policy_name, chosen=placed.mode, alternatives=others,
+            reason="; ".join(filter(None, (rate, placed.reason))), num_candidates=len(placed.considered),
+            predicted=Cost(chosen.seconds) if chosen is not None else None,
         )  # fmt: skip
 
     # -------------------------------------------------------------------------------- shortage
@@ -165,7 +183,7 @@ class Journal:
         self.log.emit(
             ev.StepFinished, cause=plan, plan=plan, results=result.results, measured=result.durations,
             state_hash=state_hash, blocks_hash=self._memory.blocks_hash, num_tokens=num_tokens, num_running=num_running,
-            num_waiting=num_waiting, used_blocks=self._memory.num_used,
+            num_waiting=num_waiting, used_blocks=self._memory.num_used, lost=result.lost,
         )  # fmt: skip
 
 
@@ -192,7 +210,7 @@ class StateHash:
         for number, seq in self.touched.items():
             finished, tokens = seq.status is FINISHED, seq.token_ids
             computed = 0 if finished else seq.num_computed_tokens
-            new = request_fingerprint(number, seq.status, len(tokens), computed, tokens[-1])
+            new = request_fingerprint(number, seq.status, len(tokens), computed, tokens[-1], seq.home, seq.cursor)
             value ^= known.get(number, 0) ^ new
             known[number] = new
             if finished:

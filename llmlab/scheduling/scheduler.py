@@ -30,6 +30,7 @@ from llmlab.scheduling.seamcalls import (
     Seam,
     checked_admission,
     checked_commit,
+    checked_home,
     checked_items,
     checked_key,
     checked_mode,
@@ -45,9 +46,12 @@ from llmlab.seams import (
     DecodingMethod,
     EngineView,
     Limits,
+    Need,
     Offers,
     Ordering,
+    Placed,
     Placement,
+    Rehome,
     RequestView,
     StopRule,
     Tiering,
@@ -59,6 +63,7 @@ from llmlab.types import (
     QUEUED,
     ConfigError,
     FinishReason,
+    Home,
     ItemResult,
     Request,
     RequestError,
@@ -96,6 +101,15 @@ class InFlight(msgspec.Struct, frozen=True, gc=False):
     epoch: int
 
 
+def _stay(view: EngineView, request: RequestView, need: Need) -> Home:
+    """The home of a queued request under a placement that does not say."""
+    return "device"
+
+
+def _shortage_of(home: Home) -> str:
+    return "memory" if home == "device" else "host_memory"
+
+
 class Update(msgspec.Struct, frozen=True):
     """What one commit means to a client."""
 
@@ -130,7 +144,8 @@ class Scheduler:
         self.hash = StateHash()
         self._cost = cost
         self._journal = Journal(log, memory, cost, limits, num_alternatives)
-        self._viewer = Viewer(memory, limits, self._journal.considered.consider, view_cap)
+        self._viewer = Viewer(memory, limits, self._journal.considered.consider, view_cap, cost.layers())
+        self._num_layers = cost.layers().num_layers
         self._num_compared = 2 + num_alternatives  # how much of the queue a Decision about its order needs
         self._longest = limits.max_model_len
         self._reseat = reseat
@@ -169,7 +184,7 @@ class Scheduler:
             self._stop_running(seq)
         elif seq.status in QUEUED:
             self.waiting.remove(seq)
-        seq.status, seq.finish_reason = FINISHED, reason
+        seq.status, seq.finish_reason, seq.home, seq.cursor = FINISHED, reason, "device", 0
         self.memory.release(seq, seq.cause, self._inflight_step(seq))
         del self.sequences[seq.id]
         self.log.emit(ev.RequestFinished, seq.id, seq.cause, reason=reason, num_output_tokens=seq.num_output_tokens,
@@ -210,6 +225,8 @@ class Scheduler:
         planned = self._plan(now, let_in=True)
         while not planned and self.running and not self.inflight and not self.memory.moves:
             planned = self._plan(now, let_in=False)  # whoever was chosen found no memory: let those who run go on
+        if not planned and not self.running and self.waiting and not self.inflight and not self.memory.moves:
+            planned = self._plan(now, let_in=True)  # the last one that ran went back to the queue
         plan = StepPlan(self.next_step, tuple([flight.item for flight in planned]), self.memory.take_moves())
         idle = not plan.items and not plan.moves
         if not idle or self.log.num_emitted > mark:
@@ -227,7 +244,8 @@ class Scheduler:
         view = self._look(now)
         decoding = self.policies.decoding
         work = decoding.policy.work if decoding.trusted else self._guarded_work
-        running = tuple([offer for request in view.running if (offer := work(request)) is not None])
+        running = tuple([offer if request.home == "device" else msgspec.structs.replace(offer, home="cpu")
+                         for request in view.running if (offer := work(request)) is not None])  # fmt: skip
         waiting = self._admit(view) if let_in else ()
         return self._reserve(view, self._compose(view, Offers(running, waiting)))
 
@@ -244,7 +262,10 @@ class Scheduler:
         self.next_step += 1
         for flight in planned:
             seq, item = flight.seq, flight.item
-            seq.num_computed_tokens = item.tokens[1]
+            if item.halfway and item.layers is not None:
+                seq.cursor = item.layers[1]
+            else:
+                seq.num_computed_tokens, seq.cursor = item.tokens[1], 0
             seq.inflight_step = plan.step
             seq.num_pending += item.emit == "sample"
             self.hash.touch(seq)
@@ -304,16 +325,31 @@ class Scheduler:
                 break
             if self._must_wait(seq):
                 continue
-            if self._lacks_memory(view, seq, forced):
+            home = self._choose_home(view, seq, forced)
+            tier = self._viewer.of_tier(view, home)
+            if self._lacks_memory(tier, seq, home, forced):
                 break
-            offer = self._ask_admission(view, seq, forced)
+            offer = self._ask_admission(tier, seq, home, forced)
             if offer is None:
                 break
             offers.append(offer)
             budget -= offer.num_tokens
-            taken = self.memory.need(seq, self._hits(seq)).prompt
-            view, forced = self._viewer.after_admission(view, seq, taken), False
+            taken = self._need(seq, home).prompt
+            view, forced = self._viewer.after_admission(view, seq, taken, home), False
         return tuple(offers)
+
+    def _choose_home(self, view: EngineView, seq: Sequence, forced: bool) -> Home:
+        """Where the KV of a queued request is to live: the placement says, if it uses host memory at all. One that must
+        run (`forced`) does not wait for the host."""
+        seam = self.policies.placement
+        if not self._viewer.cpu or seq.device_bound or not hasattr(seam.policy, "home"):
+            return "device"
+        request, need = self._viewer.request(seq), self._need(seq, "device")
+        home = seam.ask(lambda p: getattr(p, "home", _stay)(view, request, need), checked_home, seq.cause)
+        return "device" if forced and self.memory.need_on_host(seq).prompt > view.pool.num_host_free else home
+
+    def _need(self, seq: Sequence, home: Home) -> Need:
+        return self.memory.need_on_host(seq) if home == "cpu" else self.memory.need(seq, self._hits(seq))
 
     def _must_wait(self, seq: Sequence) -> bool:
         """Cases that no policy may decide: a token of it is still in flight, or the sibling whose prompt it shares
@@ -329,19 +365,19 @@ class Scheduler:
             return True
         return False
 
-    def _lacks_memory(self, view: EngineView, seq: Sequence, forced: bool) -> bool:
+    def _lacks_memory(self, view: EngineView, seq: Sequence, home: Home, forced: bool) -> bool:
         """Two rules that no policy may break, else requests could preempt each other for ever: nobody is let in
         while a running request is short of memory; and who was preempted comes back only when all its tokens fit
-        beside those that running requests have still to compute."""
-        short = next((name for name in self._short if name in self.running), None)
+        beside those that running requests have still to compute. Both count within one tier, which `view` shows."""
+        short = next((name for name in self._short if name in self.running and self.running[name].home == home), None)
         if short is not None:
-            self._journal.wait(seq, "memory", f"{short}, which runs, is short of memory")
+            self._journal.wait(seq, _shortage_of(home), f"{short}, which runs, is short of memory")
         elif seq.num_preemptions and not forced:
             promised = sum(max(0, view.pool.blocks_for(r.num_tokens) - r.num_blocks) for r in view.running)
-            need = self.memory.need(seq, self._hits(seq)).prompt
+            need = self._need(seq, home).prompt
             if need + promised <= view.pool.num_free:
                 return False
-            self._journal.wait(seq, "memory", f"it was preempted and needs {count(need, 'block')} to come back; of {view.pool.num_free} "
+            self._journal.wait(seq, _shortage_of(home), f"it was preempted and needs {count(need, 'block')} to come back; of {view.pool.num_free} "
                                           f"free ones {promised} are promised to those who run")  # fmt: skip
             return True
         return short is not None
@@ -349,23 +385,23 @@ class Scheduler:
     def _hits(self, seq: Sequence) -> list[int]:
         return self.memory.match(seq) if seq.status is not Status.SWAPPED else []
 
-    def _ask_admission(self, view: EngineView, seq: Sequence, forced: bool) -> WorkItem | None:
-        hits = self._hits(seq)
-        need = self.memory.need(seq, hits)
+    def _ask_admission(self, view: EngineView, seq: Sequence, home: Home, forced: bool) -> WorkItem | None:
+        hits = self._hits(seq) if home == "device" else []
+        need = self._need(seq, home)
         cached = len(hits) * self.memory.block_size
         request = self._viewer.request(seq, cached)
         seam = self.policies.admission
         answer = seam.ask(lambda p: p.admit(view, request, need), checked_admission, seq.cause)
         if isinstance(answer, Wait) and not forced:
             self._journal.admission(seam, seq, "wait", answer.reason, need, view.pool.num_free)
-            self._journal.wait(seq, "memory" if need.prompt > view.pool.num_free else "policy", answer.reason)
+            self._journal.wait(seq, _shortage_of(home) if need.prompt > view.pool.num_free else "policy", answer.reason)
             return None
         reason = answer.reason
         if isinstance(answer, Wait):
             reason = f"nothing else runs, so it may not wait ({reason})"
         self._journal.admission(seam, seq, "admit", reason, need, view.pool.num_free)
         start = seq.num_computed_tokens if seq.status is Status.SWAPPED else cached
-        return WorkItem(seq.id, Span(start, seq.num_tokens))
+        return WorkItem(seq.id, Span(start, seq.num_tokens), home=home)
 
     # -------------------------------------------------------------------------------- composition
     def _compose(self, view: EngineView, offers: Offers) -> AbstractSequence[WorkItem]:
@@ -378,7 +414,70 @@ class Scheduler:
             items = seam.fall_back(lambda p: p.compose(view, offers), why, -1)
         self._journal.composition(seam, offers, items)
         self._tell_left_out(offers, items)
-        return self.policies.placement.ask(lambda p: p.place(view, items), lambda a: checked_places(a, items))
+        return self._place(view, items)
+
+    def _place(self, view: EngineView, items: AbstractSequence[WorkItem]) -> AbstractSequence[WorkItem]:
+        """The items with their places: what the placement says, as far as it is possible."""
+        seam = self.policies.placement
+        answer = seam.ask(lambda p: p.place(view, items), lambda a: checked_places(a, items, view))
+        if answer is items and all(item.home == "device" for item in items):
+            return items
+        placed = answer if isinstance(answer, Placed) else Placed(tuple(answer))
+        if not placed.items and items and not self.inflight:
+            placed = Placed(tuple(items))  # somebody must run
+        self._journal.placement(seam, placed)
+        for move in placed.moves:
+            self._rehome(move)
+        self._tell_not_placed(items, placed.items)
+        return [self._settled(item) for item in placed.items]
+
+    def _settled(self, item: WorkItem) -> WorkItem:
+        """The item as it can run: KV on the device is attended to there; layers follow the cursor, else all of them run."""
+        seq = self.sequences[item.request]
+        home = seq.home if seq.status is RUNNING else item.home
+        device = item.device if home == "cpu" and self._viewer.cpu else "device"
+        layers, emit = item.layers, item.emit
+        if layers is not None and not (device == "cpu" and item.num_tokens == 1 and self._follows(layers, seq, emit)):
+            layers, emit = None, "sample" if item.tokens[1] == seq.num_tokens else "none"
+        if (home, device, layers, emit) == (item.home, item.device, item.layers, item.emit):
+            return item
+        return msgspec.structs.replace(item, home=home, device=device, layers=layers, emit=emit)
+
+    def _follows(self, layers: Span, seq: Sequence, emit: str) -> bool:
+        """Whether layers go on where a token is half-way, and as far as they can."""
+        start, stop = layers
+        ends = stop == self._num_layers
+        goes_on = start < stop <= self._num_layers or (start == stop and ends)
+        return start == seq.cursor and goes_on and (ends or emit == "none")
+
+    def _rehome(self, move: Rehome) -> None:
+        """Move a running request's KV to the other tier, unless that is full. A token that is half-way starts afresh."""
+        seq = self.running[move.request]
+        if move.home == seq.home or not self._viewer.cpu or seq.device_bound:
+            return
+        if move.home == "cpu":
+            if not self.memory.can_swap_out(seq):
+                return
+            num_blocks = self.memory.swap_out(seq, seq.cause, self._inflight_step(seq))
+        else:
+            if isinstance(self.memory.swap_in(seq, seq.num_computed_tokens, seq.cause), Shortage):
+                return
+            num_blocks = self.memory.num_blocks_of(seq.id)
+        seq.home, seq.cursor = move.home, 0
+        self._short.pop(seq.id, None)
+        src, dst = ("device", "host") if move.home == "cpu" else ("host", "device")
+        seq.cause = self.log.emit(ev.RequestRehomed, seq.id, seq.cause, home=move.home, num_blocks=num_blocks)
+        self._journal.moved(seq, num_blocks, src, dst)
+        self.hash.touch(seq)
+
+    def _tell_not_placed(self, items: AbstractSequence[WorkItem], placed: AbstractSequence[WorkItem]) -> None:
+        if len(placed) == len(items):
+            return
+        chosen = dict.fromkeys(item.request for item in placed)
+        for item in items:
+            seq = self.sequences[item.request]
+            if item.request not in chosen and seq.status is not RUNNING:
+                self._journal.wait(seq, "placement", f"{self.policies.placement.policy_name} left it out of this step")
 
     def _tell_left_out(self, offers: Offers, items: AbstractSequence[WorkItem]) -> None:
         if not offers.waiting:
@@ -405,7 +504,8 @@ class Scheduler:
 
     def _grow(self, view: EngineView, seq: Sequence, item: WorkItem, planned: dict[str, InFlight]) -> None:
         while seq.status is RUNNING:
-            got = self.memory.grow(seq, item.tokens[1], seq.cause)
+            on_device = seq.home == "device"
+            got = self.memory.grow(seq, item.tokens[1], seq.cause) if on_device else self.memory.grow_on_host(seq, item.tokens[1])
             if isinstance(got, Reserved):
                 self._short.pop(item.request, None)
                 planned[item.request] = InFlight(seq, item, seq.epoch)
@@ -417,10 +517,14 @@ class Scheduler:
 
     def _make_room(self, view: EngineView, needy: Sequence, shortage: Shortage, planned: dict[str, InFlight]) -> bool:
         """Preempt somebody for `needy`; False if it must wait for a step in flight or for its turn."""
-        if self.memory.num_quarantined >= shortage.need - shortage.free:
+        if needy.home == "device" and self.memory.num_quarantined >= shortage.need - shortage.free:
             return False
-        oldest = min(self.running.values(), key=lambda s: (s.request.arrival, s.request.number))
-        candidates = [s for s in self.running.values() if s is not oldest]
+        tier = [s for s in self.running.values() if s.home == needy.home]
+        oldest = min(tier, key=lambda s: (s.request.arrival, s.request.number))
+        candidates = [s for s in tier if s is not oldest]
+        if not candidates and needy.home == "cpu":  # alone, and the host is full: the device has room for anybody
+            needy.device_bound = True
+            candidates = [needy]
         if not candidates:
             return False
         failed = self._journal.shortage(needy, shortage, list(self.running.values()))
@@ -451,6 +555,7 @@ class Scheduler:
             self.memory.release(victim, victim.cause, until)
             self.log.emit(ev.KVDropped, victim.id, victim.cause, num_tokens=victim.num_computed_tokens)
             victim.status, victim.num_computed_tokens = Status.PREEMPTED, 0
+        victim.home, victim.cursor = "device", 0
         victim.epoch += 1
         victim.num_preemptions += 1
         victim.waiting_reason, victim.logged_wait = "", ""
@@ -461,7 +566,7 @@ class Scheduler:
         seam = self.policies.tiering
         num_blocks = self.memory.num_blocks_of(victim.id)
         both_ways = self._cost.swap(2 * num_blocks)
-        room = self.memory.can_swap_out(victim) and victim.num_computed_tokens > 0
+        room = self.memory.can_swap_out(victim) and victim.num_computed_tokens > 0 and victim.home == "device"
         options = (
             TierOption("recompute", self._journal.cost_of_recompute(victim.id, victim.num_computed_tokens), True),
             TierOption("swap", both_ways, room, "" if room else f"{self.memory.host.num_free} host blocks are free"),
@@ -477,34 +582,39 @@ class Scheduler:
         swapped = seq.status is Status.SWAPPED
         got = self._start_memory(seq, item)
         if isinstance(got, Shortage):
-            self._journal.wait(seq, "memory", f"needs {got.need} blocks, {got.free} are free")
+            self._journal.wait(seq, _shortage_of(item.home), f"needs {got.need} blocks, {got.free} are free")
             return
         head = self.waiting.head(self._num_compared)
         ordering = self._journal.ordering(self.policies.ordering, seq, head, len(self.waiting))
         self.waiting.remove(seq)
         seq.status, seq.waiting_reason, seq.logged_wait = RUNNING, "", ""
         self.running[seq.id] = seq
+        seq.home = item.home
         if swapped:
             num_blocks = self.memory.num_blocks_of(seq.id)
             seq.cause = self.log.emit(ev.RequestResumed, seq.id, ordering, num_tokens=seq.num_computed_tokens,
-                                      num_blocks=num_blocks)  # fmt: skip
-            self._journal.moved(seq, num_blocks, "host", "device")
+                                      num_blocks=num_blocks, home=seq.home)  # fmt: skip
+            if seq.home == "device":
+                self._journal.moved(seq, num_blocks, "host", "device")
             start = seq.num_computed_tokens
         else:
             start = seq.num_cached_tokens = got.num_cached_tokens
             seq.num_computed_tokens = start
             seq.cause = self.log.emit(ev.RequestAdmitted, seq.id, ordering, num_cached_tokens=start,
                                       num_tokens=seq.num_tokens, attempt=seq.num_preemptions,
-                                      source=got.source)  # fmt: skip
-        whole = WorkItem(seq.id, Span(start, seq.num_tokens), device=item.device, lane=item.lane)
-        planned[seq.id] = InFlight(seq, whole.shortened(got.stop - start), seq.epoch)
+                                      source=got.source, home=seq.home)  # fmt: skip
+        whole = WorkItem(seq.id, Span(start, seq.num_tokens), item.layers, item.device, item.home, item.lane)
+        planned[seq.id] = InFlight(seq, self._settled(whole.shortened(got.stop - start)), seq.epoch)
         self.hash.touch(seq)
 
     def _start_memory(self, seq: Sequence, item: WorkItem) -> Reserved | Shortage:
+        if item.home == "cpu":
+            return self.memory.start_on_host(seq, item.num_tokens)
         if seq.status is Status.SWAPPED:
             return self.memory.swap_in(seq, item.tokens[1], seq.cause)
         parent = self.running.get(seq.request.fork_of or "")
-        if parent is not None and seq.num_tokens == seq.num_prompt_tokens <= parent.num_computed_tokens:
+        if (parent is not None and parent.home == "device"
+                and seq.num_tokens == seq.num_prompt_tokens <= parent.num_computed_tokens):  # fmt: skip
             return self.memory.fork(parent, seq, seq.cause)
         return self.memory.start(seq, item.num_tokens, seq.cause)
 
@@ -516,6 +626,9 @@ class Scheduler:
         self.log.step = result.step
         self.spans.record(result.spans, plan)
         updates = []
+        for resource in result.lost:
+            self.log.emit(ev.ResourceLost, None, plan, resource=resource)
+            self._viewer.cpu = self._viewer.cpu and resource != "cpu"
         for flight, item_result in zip(flights, result.results, strict=True):
             update = self._commit_item(flight, item_result, plan)
             if update is not None:
@@ -540,7 +653,7 @@ class Scheduler:
         if result.error is not None:
             self._finish(seq, "error", result.error)
             return Update(seq.id, (), result, "error")
-        if flight.epoch == seq.epoch:
+        if flight.epoch == seq.epoch and seq.home == item.home == "device":
             self.memory.commit(seq, item.tokens[1])
         if item.emit != "sample":
             return Update(seq.id, (), result) if result.prompt_logprobs else None
@@ -573,11 +686,16 @@ class Scheduler:
         """Contradictions anywhere in the core's state; empty means sound."""
         found = self.memory.problems(self.sequences)
         for seq in self.sequences.values():
-            blocks = self.memory.num_blocks_of(seq.id)
-            if seq.status is RUNNING and blocks < self.memory.blocks_for(seq.num_computed_tokens):
-                found.append(f"{seq.id} has computed {seq.num_computed_tokens} tokens but owns {blocks} blocks")
+            blocks, hosted = self.memory.num_blocks_of(seq.id), self.memory.num_host_blocks_of(seq.id)
+            owned, other = (blocks, hosted) if seq.home == "device" else (hosted, blocks)
+            if seq.status is RUNNING and owned < self.memory.blocks_for(seq.num_computed_tokens):
+                found.append(f"{seq.id} has computed {seq.num_computed_tokens} tokens but owns {owned} blocks")
+            if seq.status is RUNNING and other:
+                found.append(f"{seq.id} lives on the {seq.home} but owns {other} blocks of the other tier")
             if seq.status is not RUNNING and blocks:
                 found.append(f"{seq.id} is {seq.status} but owns {blocks} device blocks")
+            if seq.cursor and (seq.status is not RUNNING or seq.home != "cpu"):
+                found.append(f"{seq.id} is half-way through its layers, but does not run on the CPU")
         if len(self.running) + len(self.waiting) != len(self.sequences):
             found.append("a live request is neither running nor queued")
         return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import zip_longest
 from numbers import Real
 from typing import Any, Generic, TypeVar, get_args
 
@@ -17,8 +16,8 @@ from msgspec.structs import replace
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.registry import policy_name
-from llmlab.seams import Admit, Limits, Offers, RequestView, RoutingView, Wait, Where
-from llmlab.types import Commit, ConfigError, Cost, PolicyError, WorkItem
+from llmlab.seams import Admit, EngineView, Limits, Offers, Placed, Rehome, RequestView, RoutingView, Wait, Where
+from llmlab.types import Commit, ConfigError, Cost, Home, PolicyError, WorkItem
 
 _LARGEST = 2**63  # integers from here on fit into no log
 OPTIONAL = ("cuts",)  # promises that a policy may make beside its answers
@@ -138,15 +137,39 @@ def checked_items(answer: Iterable[WorkItem], offers: Offers, limits: Limits) ->
     return items
 
 
-def checked_places(answer: Iterable[WorkItem], items: Sequence[WorkItem]) -> Sequence[WorkItem]:
-    """The same items in the same order; only device and lane may differ."""
-    placed = tuple(answer)
-    for item, place in zip_longest(items, placed):
-        if item is None or not isinstance(place, WorkItem) or replace(place, device=item.device, lane=item.lane) != item:
-            raise PolicyError("place", place, f"is not {item} on another device or lane", "Change only device and lane.")
-        if place.device not in ("device", "cpu") or not isinstance(place.lane, int):
-            raise PolicyError("place", place, "device must be 'device' or 'cpu', lane an integer")
+def checked_places(answer: Placed | Iterable[WorkItem], items: Sequence[WorkItem], view: EngineView) -> Placed:
+    """Given items, once each, changed in nothing but device, lane and layers; a list must hold all of them in order."""
+    placed = answer if isinstance(answer, Placed) else Placed(tuple(answer))
+    given = {item.request: item for item in items}
+    for place in placed.items:
+        item = given.pop(place.request, None) if isinstance(place, WorkItem) else None
+        if item is None or replace(place, device=item.device, lane=item.lane, layers=item.layers,
+                                   emit=place.emit if place.layers is None else item.emit) != item:  # fmt: skip
+            raise PolicyError("place", place, f"is not {item} elsewhere", "Change only device, lane and layers.")
+        _check_place(place, view)
+    if given and placed is not answer:
+        raise PolicyError("place", len(placed.items), f"items, where {len(items)} were given", "Answer a Placed to leave items out.")
+    names = [r.id for r in view.running]
+    for move in placed.moves:
+        if not isinstance(move, Rehome) or move.request not in names or move.home not in ("device", "cpu"):
+            raise PolicyError("place", move, "is not a Rehome of a running request")
     return placed
+
+
+def _check_place(place: WorkItem, view: EngineView) -> None:
+    if place.device not in ("device", "cpu") or not isinstance(place.lane, int):
+        raise PolicyError("place", place, "device must be 'device' or 'cpu', lane an integer")
+    if place.device == "cpu" and not view.cpu:
+        raise PolicyError("place", place, "asks for the CPU, which cannot attend here", "Look at view.cpu.")
+    num_layers = view.costs.num_layers if view.costs is not None else 0
+    if place.layers is not None and not 0 <= place.layers[0] <= place.layers[1] <= num_layers:
+        raise PolicyError("place", place, f"asks for layers outside 0..{num_layers}")
+
+
+def checked_home(answer: Home) -> Home:
+    if answer not in ("device", "cpu"):
+        raise PolicyError("home", answer, "must be 'device' or 'cpu'")
+    return answer
 
 
 def checked_offer(offer: WorkItem | None, request: RequestView) -> WorkItem | None:

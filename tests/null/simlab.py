@@ -7,8 +7,11 @@ stands for, so a block that is shared, copied, swapped, freed or reused wrongly 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
+
+from msgspec.structs import replace
 
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
@@ -17,8 +20,8 @@ from llmlab.execution.base import Executor, Row, StepBatch, Ticket
 from llmlab.execution.sim_executor import PseudoTokens
 from llmlab.outputs import RequestOutput
 from llmlab.scheduling.composers import fill
-from llmlab.seams import EngineView, Offers
-from llmlab.types import Move, Request, SamplingParams, StepPlan, WorkItem
+from llmlab.seams import EngineView, Need, Offers, Placed, Rehome, RequestView
+from llmlab.types import Home, Move, Request, SamplingParams, StepPlan, WorkItem
 
 MODEL, HARDWARE = "lab-xs", "t4"
 EMPTY = 0  # what a slot holds that nobody wrote
@@ -28,13 +31,15 @@ class GhostExecutor:
     """Wraps the simulated executor. KV slots hold the fingerprint of the whole prefix up to their token."""
 
     def __init__(self, inner: Executor, tokens: PseudoTokens, num_blocks: int, num_host_blocks: int, block_size: int,
-                 limits: Any) -> None:  # fmt: skip
+                 limits: Any, num_layers: int = 0) -> None:  # fmt: skip
         self.mode = inner.mode
         self.plans: list[StepPlan] = []
         self._inner, self._source, self._size, self._limits = inner, tokens, block_size, limits
         self._device = [[EMPTY] * block_size for _ in range(num_blocks)]
         self._host = [[EMPTY] * block_size for _ in range(num_host_blocks)]
         self._tokens: dict[str, list[int]] = {}
+        self._halfway: dict[str, tuple[int, int]] = {}
+        self._num_layers = num_layers
 
     def submit(self, batch: StepBatch) -> Ticket:
         for name in batch.forget:
@@ -43,12 +48,13 @@ class GhostExecutor:
         self._check_limits(batch.plan)
         for move in batch.plan.moves:
             self._move(move)
-        written: set[tuple[int, int]] = set()
+        written: set[tuple[str, int, int]] = set()
         for row in batch.rows:
             self._write(row, written)
         for row in batch.rows:
             self._read(row)
         for row in batch.rows:
+            self._pass_layers(row)
             if row.item.emit == "sample":
                 self._known(row.request).append(self._source.token(row.request, row.item.tokens.stop))
         return self._inner.submit(batch)
@@ -84,20 +90,37 @@ class GhostExecutor:
             found.append(value)
         return found
 
-    def _write(self, row: Row, written: set[tuple[int, int]]) -> None:
+    def _pool(self, row: Row) -> list[list[int]]:
+        return self._device if row.item.home == "device" else self._host
+
+    def _pass_layers(self, row: Row) -> None:
+        """A row goes on exactly where an earlier step left it, within one token, and ends behind the last layer."""
+        item = row.item
+        assert item.device == "device" or item.home == "cpu", item
+        before = self._halfway.pop(row.request.id, None)
+        if item.layers is None:
+            return
+        position, cursor = before if before and item.layers[0] else (item.tokens.start, 0)
+        assert (item.tokens.start, item.layers[0]) == (position, cursor) and item.num_tokens == 1, (item, before)
+        if item.halfway:
+            self._halfway[row.request.id] = position, item.layers[1]
+        else:
+            assert item.layers[1] == self._num_layers, item
+
+    def _write(self, row: Row, written: set[tuple[str, int, int]]) -> None:
         start, stop = row.item.tokens
         prints = self._fingerprints(row)
         assert len(prints) == stop, f"{row.request.id} computes up to {stop}, but has {len(prints)} tokens"
         for position in range(start, stop):
             block, offset = self._slot(row, position)
-            assert (block, offset) not in written, f"two rows write slot {offset} of block {block}"
-            written.add((block, offset))
-            self._device[block][offset] = prints[position]
+            assert (row.item.home, block, offset) not in written, f"two rows write slot {offset} of block {block}"
+            written.add((row.item.home, block, offset))
+            self._pool(row)[block][offset] = prints[position]
 
     def _read(self, row: Row) -> None:
         for position, wanted in enumerate(self._fingerprints(row)):
             block, offset = self._slot(row, position)
-            assert self._device[block][offset] == wanted, (
+            assert self._pool(row)[block][offset] == wanted, (
                 f"{row.request.id} reads foreign KV at position {position} (block {block}), computing {row.item.tokens}"
             )
 
@@ -134,6 +157,7 @@ class Watch:
         for name, seq in scheduler.sequences.items():
             told = self.state.requests[name]
             assert (told.status, told.num_computed_tokens) == (seq.status, seq.num_computed_tokens), name
+            assert (told.home, told.cursor) == (seq.home, seq.cursor), name
             assert told.output_token_ids == seq.output_token_ids, name
             assert 0 <= seq.num_computed_tokens <= seq.num_tokens
             if self.engine.log.level >= 3:
@@ -151,6 +175,34 @@ class WaitingFirst:
         return fill([*offers.waiting, *reversed(offers.running)], limits.max_num_batched_tokens, limits.max_num_seqs)
 
 
+class Restless:
+    """A placement that moves everybody about: homes, devices, lanes and layers by lot, and some items left out."""
+
+    name = "restless"
+
+    def home(self, view: EngineView, request: RequestView, need: Need) -> Home:
+        return "cpu" if self._lot(view, request.id, "home") % 2 else "device"
+
+    def place(self, view: EngineView, items: Sequence[WorkItem]) -> Placed:
+        homes = {r.id: r.home for r in view.running}
+        moves = tuple(Rehome(name, "device" if home == "cpu" else "cpu") for name, home in homes.items()
+                      if self._lot(view, name, "move") % 5 == 0)  # fmt: skip
+        cursors = {r.id: r.cursor for r in view.running}
+        kept = [item for item in items if self._lot(view, item.request, "leave") % 6]
+        return Placed(tuple(self._placed(view, item, cursors.get(item.request, 0)) for item in kept), moves, "restless")
+
+    def _placed(self, view: EngineView, item: WorkItem, cursor: int) -> WorkItem:
+        lot, layers = self._lot(view, item.request, "place"), view.costs.num_layers if view.costs else 0
+        if not view.cpu or lot % 8 == 0:
+            return item
+        if lot % 8 < 6 and item.num_tokens == 1 and item.emit == "sample":
+            return item.passing(cursor, layers)
+        return replace(item, device="cpu", lane=lot // 8 % 2)
+
+    def _lot(self, view: EngineView, name: str, what: str) -> int:
+        return zlib.crc32(f"{view.step} {name} {what}".encode())
+
+
 def sim_engine(**fields: Any) -> Engine:
     """A small simulated engine whose executor checks every KV read. Level 3, integrity checked at every step."""
     base: dict[str, Any] = {
@@ -161,7 +213,7 @@ def sim_engine(**fields: Any) -> Engine:
     memory = engine.scheduler.memory
     engine.executor = GhostExecutor(
         engine.executor, PseudoTokens(engine.model.vocab_size, engine.config.seed), memory.pool.num_blocks,
-        memory.host.num_blocks, memory.block_size, engine.limits,
+        memory.host.num_blocks, memory.block_size, engine.limits, engine.model.shape.num_layers,
     )  # fmt: skip
     return engine
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from simlab import WaitingFirst, Watch, expected_tokens, run_to_end, sim_engine, specs
+from simlab import Restless, WaitingFirst, Watch, expected_tokens, run_to_end, sim_engine, specs
 
 from llmlab.assembly import REGISTRIES
 from llmlab.engine import Engine
@@ -55,9 +55,10 @@ def params(draw: st.DrawFn) -> SamplingParams:
 class Core(RuleBasedStateMachine):
     engine: Engine
 
-    @initialize(fields=configs(), cruel=st.booleans())
-    def start(self, fields: dict[str, Any], cruel: bool) -> None:
-        self.engine = sim_engine(**{**fields, **({"composer": WaitingFirst(), "admission": "optimistic"} if cruel else {})})
+    @initialize(fields=configs(), cruel=st.booleans(), restless=st.booleans())
+    def start(self, fields: dict[str, Any], cruel: bool, restless: bool) -> None:
+        fields = {**fields, **({"composer": WaitingFirst(), "admission": "optimistic"} if cruel else {})}
+        self.engine = sim_engine(**{**fields, **({"placement": Restless()} if restless else {})})
         self.watch = Watch(self.engine)
         self.names: list[str] = []
         self.work = 0

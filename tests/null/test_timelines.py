@@ -16,8 +16,8 @@ from llmlab.execution.cost import RooflineCost
 from llmlab.execution.opgraph import Graph, Pending, build
 from llmlab.execution.timelines import RESOURCES, Op, Timelines, busy, makespan
 from llmlab.replaying import replay_decisions
-from llmlab.seams import EngineView
-from llmlab.types import Move, ResourceSpan, Span, WorkItem
+from llmlab.seams import EngineView, Need, RequestView
+from llmlab.types import Home, Move, ResourceSpan, Span, WorkItem
 from roofline import shapes
 
 LAYERS = shapes.get("llama-2-7b").num_layers
@@ -173,9 +173,12 @@ def test_moves_that_share_blocks_keep_their_order() -> None:
 
 # ------------------------------------------------------------------------------------------- runs
 class OddOnesOnTheHost:
-    """Every second row attends on the host, in a lane of its own."""
+    """Every second request lives on the host; its rows attend there, in a lane of their own."""
 
     name = "odd_ones_on_the_host"
+
+    def home(self, view: EngineView, request: RequestView, need: Need) -> Home:
+        return "cpu" if request.id[-1] in "13579" else "device"
 
     def place(self, view: EngineView, items: Sequence[WorkItem]) -> list[WorkItem]:
         return [msgspec.structs.replace(i, device="cpu", lane=1) if i.request[-1] in "13579" else i for i in items]
@@ -186,7 +189,7 @@ def load(n: int = 30) -> llmlab.Workload:
 
 
 def config(**fields: Any) -> llmlab.EngineConfig:
-    base: dict[str, Any] = {"model": "llama-2-7b", "executor": "sim", "hardware": "a10", "num_blocks": 90, "tiering": "swap"}
+    base: dict[str, Any] = {"model": "llama-2-7b", "executor": "sim", "hardware": "a10", "num_blocks": 60, "tiering": "swap"}
     return llmlab.EngineConfig(**{**base, **fields})
 
 
