@@ -218,10 +218,14 @@ class Book {
 // ------------------------------------------------------------------------------------------- theme
 // Dark if the first background behind the element is dark; otherwise what the system prefers.
 function surroundings(element) {
+  const dot = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
   for (let node = element.parentNode; node; node = node.parentNode || node.host) {
-    if (node instanceof ShadowRoot || !(node instanceof Element)) continue;
-    const found = getComputedStyle(node).backgroundColor.match(/[\d.]+/g)?.map(Number);
-    if (found && (found[3] ?? 1) > 0.5) return 0.3 * found[0] + 0.59 * found[1] + 0.11 * found[2] < 110 ? "dark" : "light";
+    if (!(node instanceof Element)) continue;
+    dot.clearRect(0, 0, 1, 1);
+    dot.fillStyle = getComputedStyle(node).backgroundColor; // in whatever colour space the page thinks: the canvas knows them all
+    dot.fillRect(0, 0, 1, 1);
+    const [red, green, blue, alpha] = dot.getImageData(0, 0, 1, 1).data;
+    if (alpha > 127) return 0.3 * red + 0.59 * green + 0.11 * blue < 110 ? "dark" : "light";
   }
   return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
