@@ -301,7 +301,7 @@ class Bench:
             for count in MOVED_BLOCKS:
                 behind = self.num_blocks - count if kind == "copy" else 0
                 move = Move(kind, "p", tuple(range(count)), tuple(range(behind, behind + count)))  # type: ignore[arg-type]
-                points[count * self.block_bytes] = self.watch.seconds(partial(self.executor.cache.move, [move]))
+                points[count * self.block_bytes] = self.watch.seconds(partial(self.executor.cache.move, move))
             found[name] = _curve(points)
         return found
 

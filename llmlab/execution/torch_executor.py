@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,15 @@ from llmlab.execution.base import Done, Row, StepBatch, Ticket
 from llmlab.execution.offload import ExpertOffload, LayerWindow
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.models.loader import LoadedModel
-from llmlab.types import Durations, ItemResult, Move, RequestError, StepResult, TokenLogprobs
+from llmlab.types import Durations, ItemResult, Move, RequestError, Span, StepResult, TokenLogprobs, WorkItem
+
+
+class Kept(NamedTuple):
+    """Hidden states [tokens, hidden_size] in front of `layer`."""
+
+    layer: int
+    tokens: Span
+    states: Tensor
 
 
 class KVCache:
@@ -39,19 +47,16 @@ class KVCache:
     def _pair(self, size: tuple[int, ...], device: torch.device | str) -> tuple[Tensor, Tensor]:
         return torch.zeros(size, dtype=self._dtype, device=device), torch.zeros(size, dtype=self._dtype, device=device)
 
-    def move(self, moves: Sequence[Move]) -> None:
-        """Carry out block copies, in order."""
-        for move in moves:
-            if not move.src:
-                continue
-            pairs = torch.tensor(list(zip(move.src, move.dst, strict=True)), dtype=torch.int64, device=self._device)
-            if move.kind != "copy" and not self._host:
-                self._host = [self._pair(self._host_shape, "cpu") for _ in self.layers]
-            for layer, (k, v) in enumerate(self.layers):
-                hk, hv = self._host[layer] if move.kind != "copy" else (k, v)
-                for device, host in ((k, hk), (v, hv)):
-                    src, dst = (host, device) if move.kind == "swap_in" else (device, host)
-                    self._kernels.copy_blocks(src, dst, pairs)
+    def move(self, move: Move) -> None:
+        """Carry out the block copies of a move. If it raises, the KV of its request is lost."""
+        pairs = torch.tensor(list(zip(move.src, move.dst, strict=True)), dtype=torch.int64, device=self._device)
+        if move.kind != "copy" and not self._host:
+            self._host = [self._pair(self._host_shape, "cpu") for _ in self.layers]
+        for layer, (k, v) in enumerate(self.layers):
+            hk, hv = self._host[layer] if move.kind != "copy" else (k, v)
+            for device, host in ((k, hk), (v, hv)):
+                src, dst = (host, device) if move.kind == "swap_in" else (device, host)
+                self._kernels.copy_blocks(src, dst, pairs)
 
 
 class TorchExecutor:
@@ -69,6 +74,8 @@ class TorchExecutor:
         self.cache = KVCache(loaded, num_blocks, num_host_blocks, block_size)
         self._tokens: dict[str, list[int]] = {}
         self._plain: dict[str, bool] = {}  # of each request: whether its token is the largest logit, and no more was asked for
+        self._lost: dict[str, str] = {}  # requests whose KV is gone, and why
+        self._hidden: dict[str, Kept] = {}  # of requests that are between two layers
         self._prompt_scores: dict[str, list[TokenLogprobs]] = {}
         self._worker = ThreadPoolExecutor(1, "llmlab-executor") if asynchronous else None
         self._warm_up(num_blocks * block_size)
@@ -109,11 +116,13 @@ class TorchExecutor:
         for name in batch.forget:
             self._tokens.pop(name, None)
             self._plain.pop(name, None)
+            self._lost.pop(name, None)
+            self._hidden.pop(name, None)
             self._prompt_scores.pop(name, None)
         parts: dict[str, float] = {}
         try:
             with torch.inference_mode():
-                self.cache.move(batch.plan.moves)
+                self._move(batch.plan.moves)
                 results = self._run_rows(batch.rows, parts)
         except Exception as error:  # whatever a kernel raises: the step is lost, the engine is not
             results = tuple(ItemResult(r.item.request, error=f"{type(error).__name__}: {error}") for r in batch.rows)
@@ -121,17 +130,59 @@ class TorchExecutor:
         result = StepResult(batch.plan.step, results, Durations(seconds, parts=parts))
         return result if self._offload is None else self._offload.told(result)
 
-    def _run_rows(self, rows: Sequence[Row], parts: dict[str, float]) -> tuple[ItemResult, ...]:
-        """All rows but those whose last token an earlier step in flight failed to produce: their neighbours run."""
-        ready = [row for row in rows if len(self._known(row)) >= row.item.tokens[1]]
-        results = self._forward(ready, parts) if ready else ()
-        if len(ready) == len(rows):
-            return results
-        done = {result.request: result for result in results}
-        lost = "the step before it failed"
-        return tuple(done.get(row.item.request) or ItemResult(row.item.request, error=lost) for row in rows)
+    def _move(self, moves: Sequence[Move]) -> None:
+        """Block copies, in order. One that fails, for want of host memory as a rule, loses the KV of its request for
+        good: a request that comes back from the host must not read what never arrived there."""
+        for move in moves:
+            if not move.src or move.request in self._lost:
+                continue
+            try:
+                self.cache.move(move)
+            except Exception as error:  # whatever the allocator raises: the request is lost, its neighbours are not
+                self._lost[move.request] = (f"its KV was lost: {move.kind} of {len(move.src)} blocks failed "
+                                            f"({type(error).__name__}: {error})")  # fmt: skip
 
-    def _forward(self, rows: Sequence[Row], parts: dict[str, float]) -> tuple[ItemResult, ...]:
+    def _run_rows(self, rows: Sequence[Row], parts: dict[str, float]) -> tuple[ItemResult, ...]:
+        """All rows that can run, those over the same layers together; the others end with their reason."""
+        done: dict[str, ItemResult] = {}
+        groups: dict[Span | None, list[Row]] = {}
+        for row in rows:
+            reason = self._unready(row)
+            if reason is None:
+                groups.setdefault(row.item.layers, []).append(row)
+            else:
+                done[row.item.request] = ItemResult(row.item.request, error=reason)
+        for layers, group in groups.items():
+            done |= {result.request: result for result in self._forward(group, layers, parts)}
+        return tuple([done[row.item.request] for row in rows])
+
+    def _unready(self, row: Row) -> str | None:
+        """Why a row cannot run, or None."""
+        item = row.item
+        if item.request in self._lost:
+            return self._lost[item.request]
+        if len(self._known(row)) < item.tokens[1]:
+            return "the step before it failed"
+        return None if item.layers is None and item.inputs == "ids" else self._misfit(item)
+
+    def _misfit(self, item: WorkItem) -> str | None:
+        """What is wrong with an item over some of the layers, if anything is."""
+        last = self._loaded.shape.num_layers
+        start, stop = item.layers or (0, last)
+        span = f"layers {start} to {stop} of tokens {item.tokens[0]} to {item.tokens[1]}"
+        if not 0 <= start < stop <= last:
+            return f"{span}: the model has layers 0 to {last}"
+        if stop < last and item.emit in ("sample", "score"):
+            return f"{span}: emit={item.emit!r} needs the last layer, {last}; ask for 'hidden' or 'none'"
+        if item.inputs != ("embeddings" if start else "ids"):
+            return f"{span}: inputs={item.inputs!r}, but layer 0 reads 'ids' and every later one 'embeddings'"
+        kept = self._hidden.get(item.request)
+        if start and (kept is None or (kept.layer, kept.tokens) != (start, item.tokens)):
+            return f"{span}: no item has left the hidden states of these tokens before layer {start}"
+        return None
+
+    def _forward(self, rows: Sequence[Row], layers: Span | None, parts: dict[str, float]) -> tuple[ItemResult, ...]:
+        """Rows over the same layers, all of them if None."""
         began = time.perf_counter()
         spans = [row.item.tokens for row in rows]
         ids: list[int] = []
@@ -146,11 +197,22 @@ class TorchExecutor:
         )  # fmt: skip
         given = torch.from_numpy(np.array([ids, positions])).to(device)
         prepared = time.perf_counter()
-        hidden = self._model.forward(self._model.embed(given[0]), given[1], meta, self.cache.layers)
+        first, last = layers or (0, self._loaded.shape.num_layers)
+        hidden = torch.cat([self._hidden.pop(row.item.request).states for row in rows]) if first else self._model.embed(given[0])
+        hidden = self._model.forward(hidden, given[1], meta, self.cache.layers, range(first, last))
         forwarded = time.perf_counter()
-        results = self._emit(rows, hidden)
-        parts.update(prepare=prepared - began, forward=forwarded - prepared, sample=time.perf_counter() - forwarded)
+        results = self._emit(rows, hidden) if last == self._loaded.shape.num_layers else self._leave(rows, hidden, last)
+        seconds = (prepared - began, forwarded - prepared, time.perf_counter() - forwarded)
+        for name, spent in zip(("prepare", "forward", "sample"), seconds, strict=True):
+            parts[name] = parts.get(name, 0.0) + spent
         return results
+
+    def _leave(self, rows: Sequence[Row], hidden: Tensor, layer: int) -> tuple[ItemResult, ...]:
+        """Keep the hidden states of rows that ask for it, until an item goes on at `layer`."""
+        for row, states in zip(rows, torch.split(hidden, [row.item.num_tokens for row in rows]), strict=True):
+            if row.item.emit == "hidden":
+                self._hidden[row.item.request] = Kept(layer, row.item.tokens, states)
+        return tuple([ItemResult(row.item.request) for row in rows])
 
     def _known(self, row: Row) -> list[int]:
         tokens = self._tokens.get(row.request.id)

@@ -57,6 +57,7 @@ from llmlab.kernels.vector import (
     transpose,
     width,
 )
+from llmlab.types import LabError
 
 highest_score = highest(CHUNK)
 LOWEST = np.float32(-1e30)  # the maximum of no scores: finite, so that differences stay numbers
@@ -403,6 +404,49 @@ PLAN_REGION = Region(
     undivided_plan,
     "cu_seqlens_q seq_lens rows heads group window causal tile items starts load result",
 )
+
+
+def stray_block(pointer):
+    """`found` becomes 1 + the first row one of whose blocks in use is none of the cache's, 0 if there is none;
+    -1 if a slot lies outside. Runs in one thread."""
+    a = record(pointer)
+    for row in range(a.rows):
+        for i in range((get_int(a.seq_lens, row) + a.block_size - 1) // a.block_size):
+            block = get_int(a.block_tables, row * a.table_width + i)
+            if block < 0 or block >= a.num_blocks:
+                put_long(a.found, 0, row + 1)
+                return
+    put_long(a.found, 0, 0)
+    for token in range(a.tokens):
+        slot = get_long(a.slots, token)
+        if slot < -1 or slot >= a.num_blocks * a.block_size:
+            put_long(a.found, 0, -1)
+
+
+CHECK_REGION = Region(
+    stray_block, "block_tables table_width rows seq_lens block_size num_blocks slots tokens found"
+)
+
+
+def check_blocks(pool: Pool, meta: AttentionMetadata, num_blocks: int, block_size: int) -> None:
+    """Refuse block tables and slots that point outside a cache of `num_blocks`; once per step, compiled kernels trust them."""
+    key = "checked", num_blocks, block_size
+    if key in meta.derived:
+        return
+    table, width, rows, lens, _ = meta.addresses
+    if rows and -(-int(meta.host_lengths()[1].max()) // block_size) > meta.block_tables.shape[1]:
+        raise LabError("block_tables", tuple(meta.block_tables.shape), "are narrower than the longest row", "cover seq_lens")
+    found, slots = np.zeros(1, np.int64), meta.slot_mapping
+    address, _, arguments = CHECK_REGION.call(
+        *(1, table, width, rows, lens, block_size, num_blocks, slots.data_ptr(), len(slots), found.ctypes.data)
+    )
+    pool.run((address, 1, arguments))
+    if found[0] > 0:
+        row = int(found[0]) - 1
+        raise LabError(f"block_tables[{row}]", meta.block_tables[row].tolist(), f"names a block outside a cache of {num_blocks}")
+    if found[0] < 0:
+        raise LabError("slot_mapping", slots.tolist(), f"names a slot outside a cache of {num_blocks} blocks of {block_size}")
+    meta.derived[key] = True
 
 
 def quick_plan(

@@ -17,7 +17,7 @@ from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoic
 from llmlab.kernels.linear import PLAIN, PackedLinear, dense, gate_rows
 from llmlab.kernels.moe import PackedExperts
 from llmlab.kernels.norm_rope import heads_dense, norm_rows, regular, rope_store_call
-from llmlab.kernels.numba_attention import attention_call, quick_plan, supports
+from llmlab.kernels.numba_attention import attention_call, check_blocks, quick_plan, supports
 from llmlab.kernels.pool import Pool, openmp
 from llmlab.kernels.program import Program
 from llmlab.kernels.quant_linear import NarrowLinear
@@ -33,6 +33,7 @@ class NumbaKernels(BaseKernels):
 
     def __init__(self) -> None:
         self.pool = Pool()
+        self._checked: tuple[Tensor, int] | None = None
 
     def linear(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> LinearImpl:
         if isinstance(weight, QuantizedTensor):
@@ -102,6 +103,7 @@ class NumbaKernels(BaseKernels):
             raise LabError("q", tuple(q.shape), f"does not fit a KV cache of {tuple(k_cache.shape)}")
         if not supports(k_cache, v_cache):
             return reference.paged_attention(q, k_cache, v_cache, meta, scale, sliding_window, softcap)
+        check_blocks(self.pool, meta, k_cache.shape[0], k_cache.shape[2])
         plan, x = self.plan(meta, heads, hq // heads, sliding_window), heads_dense(q)
         state = AttentionState(x.new_empty(tokens, hq, dim), x.new_empty(tokens, hq))
         self.pool.run(
@@ -137,6 +139,7 @@ class NumbaKernels(BaseKernels):
                 eps=eps,
                 weight_offset=weight_offset,
             )
+        self._check_slots(slot_mapping, k_cache.shape[0] * k_cache.shape[2])
         x, k, v, cos, sin = heads_dense(q), heads_dense(k), heads_dense(v), dense(cos), dense(sin)
         q_norm = None if q_norm is None else dense(q_norm)
         k_norm = None if k_norm is None else dense(k_norm)
@@ -145,6 +148,14 @@ class NumbaKernels(BaseKernels):
             rope_store_call(self.pool, x, k, v, cos, sin, *caches, q_norm, k_norm, eps, weight_offset)
         )
         return x if x is q else x.to(q.dtype)
+
+    def _check_slots(self, slots: Tensor, num_slots: int) -> None:
+        """Refuse slots outside the cache; looked at once for all layers of a step."""
+        if self._checked is not None and self._checked[0] is slots and self._checked[1] == num_slots:
+            return
+        if len(slots) and not -1 <= int(slots.min()) <= int(slots.max()) < num_slots:
+            raise LabError("slot_mapping", slots.tolist(), f"names a slot outside a cache of {num_slots}")
+        self._checked = slots, num_slots
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
         out, _ = norm_rows(self.pool, dense(x), None, dense(weight), eps, weight_offset)

@@ -20,7 +20,7 @@ from llmlab.kernels.layout import AttentionMetadata
 from llmlab.kernels.linear import PLAIN, REGIONS, ROWS, PackedLinear, act_code, address, dense
 from llmlab.kernels.norm_rope import ROPE_REGIONS
 from llmlab.kernels.numba_attention import REGIONS as ATTENTION_REGIONS
-from llmlab.kernels.numba_attention import supports, tile_floats
+from llmlab.kernels.numba_attention import check_blocks, supports, tile_floats
 from llmlab.kernels.pool import SEQUENCE, Pool
 from llmlab.kernels.vector import PANEL
 from llmlab.types import LabError
@@ -68,6 +68,7 @@ class Program:
         self._work = torch.empty(0)
         self._caches: KVCaches | None = None
         self._first: Tensor | None = None
+        self._num_blocks = 0
         self._windows = {w: [i for i, layer in enumerate(layers) if layer.window == w] for w in {x.window for x in layers}}
         self._views = self._step_views()
 
@@ -156,7 +157,7 @@ class Program:
             self._records[name]["k_cache"] = [k.data_ptr() for k, _ in pairs]
             self._records[name]["v_cache"] = [v.data_ptr() for _, v in pairs]
         self._set(block_size=k.shape[2], block_stride=k.stride(0), head_stride=k.stride(1))
-        self._caches, self._first = kv_caches, k
+        self._caches, self._first, self._num_blocks = kv_caches, k, k.shape[0]
         return True
 
     def run(self, hidden: Tensor, positions: Tensor, meta: AttentionMetadata, span: range) -> Tensor:
@@ -167,6 +168,7 @@ class Program:
             raise LabError("positions", tuple(positions.shape), f"do not fit {tokens} tokens", "give one each")
         if tokens and int(positions.numpy().max()) >= self._length:
             raise LabError("positions", int(positions.max()), f"is beyond the model's {self._length} positions")
+        check_blocks(self._pool, meta, self._num_blocks, self._steady["block_size"])
         self._place(tokens, threads)
         table, width, rows, lens, cu = meta.addresses
         self._set(threads=threads, tokens=tokens, hidden=hidden.data_ptr(), positions=positions.data_ptr(),

@@ -251,6 +251,32 @@ def test_a_bias_outside_the_vocabulary_hurts_its_own_request_only(oracle: Oracle
 
 
 @DEPTHS
+def test_who_was_swapped_out_in_vain_ends_with_the_reason(oracle: Oracle, overlap_depth: int) -> None:
+    """The first allocation of host memory fails: whoever was being moved there must not read garbage when it returns."""
+    squeezed = {"num_blocks": 8, "block_size": 4, "tiering": "swap", "num_host_blocks": 16, "overlap_depth": overlap_depth}
+    with tiny_engine(oracle.directory, **squeezed) as engine:
+        cache: Any = engine.executor.cache  # type: ignore[attr-defined]
+        allocate, refused = cache._pair, []
+
+        def fails_once(*args: Any) -> Any:
+            cache._pair = allocate
+            refused.append(args)
+            raise MemoryError("no room for the host tier")
+
+        cache._pair = fails_once
+        names = {engine.add_request(other, greedy(12)): other for other in OTHERS * 2}
+        done = serve(engine)
+        swapped = {move.request for plan in engine.log.filter(ev.StepPlanned) for move in plan.moves if move.kind == "swap_out"}
+    assert refused and swapped
+    ended = {name: done[name].outputs[0] for name in names if done[name].outputs[0].finish_reason == "error"}
+    assert len(ended) == 1 and set(ended) <= swapped
+    for output in ended.values():
+        assert "swap_out" in (output.error or "") and "no room for the host tier" in (output.error or "")
+    for name in set(names) - set(ended):
+        assert tokens_of(done[name]) == [oracle.greedy(names[name], 12)]
+
+
+@DEPTHS
 @pytest.mark.parametrize("failure", [RuntimeError("out of memory"), IndexError("kernel"), KeyError("weight"), MemoryError()])
 def test_a_step_that_fails_loses_its_requests_and_not_the_engine(oracle: Oracle, overlap_depth: int, failure: Exception) -> None:
     with tiny_engine(oracle.directory, overlap_depth=overlap_depth) as engine:

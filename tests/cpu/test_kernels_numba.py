@@ -19,6 +19,7 @@ from llmlab.kernels.layout import MASKS, AttentionMetadata, AttentionState
 from llmlab.kernels.numba_attention import quick_plan
 from llmlab.kernels.pool import Pool
 from llmlab.kernels.vector import PANEL
+from llmlab.types import LabError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -251,6 +252,22 @@ def test_experts(numba: Kernels, torch_set: Kernels, renormalize: bool) -> None:
     want = torch_set.experts(gate_up, down)(x, logits, 2, renormalize)
     close(numba.experts(gate_up, down)(x, logits, 2, renormalize), want)
     close(numba.moe(x, logits, gate_up, down, 2, renormalize), want)
+
+
+@pytest.mark.parametrize("block", [-1, 3, 2**30])
+def test_blocks_outside_the_cache_are_refused(numba: Kernels, block: int) -> None:
+    """Compiled kernels follow a block table wherever it leads, so it is looked at once per step."""
+    q, cache = torch.randn(2, 4, 16), torch.zeros(3, 2, 4, 16)
+    fine = AttentionMetadata.build([1, 1], [3, 7], [[2], [0, 1]], 4)
+    numba.paged_attention(q, cache, cache, fine, 1.0)
+    for tables in ([[block], [0, 1]], [[2], [0, block]]):
+        with pytest.raises(LabError, match=r"block_tables|slot_mapping"):
+            numba.paged_attention(q, cache, cache, AttentionMetadata.build([1, 1], [3, 7], tables, 4), 1.0)
+        if block > 0:
+            slots = AttentionMetadata.build([1, 1], [3, 7], tables, 4).slot_mapping
+            with pytest.raises(LabError, match="slot_mapping"):
+                numba.store_kv(torch.zeros(2, 2, 16), torch.zeros(2, 2, 16), cache, cache, slots)
+    numba.paged_attention(q, cache, cache, AttentionMetadata.build([1, 1], [3, 7], [[2], [0, 1, block]], 4), 1.0)  # never read
 
 
 def test_misfits_are_refused(numba: Kernels) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from llmlab.models.checkpoint import Checkpoint, save_checkpoint
 from llmlab.models.loader import load_model
 from llmlab.models.transformer import Transformer
+from llmlab.types import LabError
 
 KERNELS = ("torch", "numba")
 TOLERANCE = 1e-4
@@ -118,6 +119,12 @@ def test_a_program_yields_the_bits_of_its_operations(tiny: Tiny) -> None:
         runs.append([logits for step in steps for logits in step])
     for other in runs[1:]:
         assert all(map(torch.equal, runs[0], other))
+
+
+def test_a_block_outside_the_cache_is_refused(tiny: Tiny) -> None:
+    runner = PagedRunner(tiny.load("numba"), 8, 4)
+    with pytest.raises(LabError, match=r"block_tables|slot_mapping"):
+        runner.step([Row([2]), Row([4])], [[1, 2], [3]])
 
 
 def test_written_checkpoint_is_the_same_model_to_transformers(tiny: Tiny, tmp_path: Path) -> None:
