@@ -53,3 +53,11 @@ class Patient:
 
     def key(self, request, now):
         return job_length(request) + 20 * request.arrival
+
+
+# %% 07
+class Fair:
+    """Whoever was preempted least often; among equals, the last come."""
+
+    def score(self, view, candidate, needy):
+        return (candidate.num_preemptions, -candidate.arrival, -candidate.number)

@@ -19,7 +19,7 @@ Check = Callable[[Any], Iterator[str]]
 EXERCISES: Mapping[str, str] = {
     "nucleus": "tokens:nucleus", "latencies": "times:latencies", "slot": "blocks:slot",
     "turning_batch": "costs:turning_batch", "considerate": "composing:considerate",
-    "patient": "ordering:patient",
+    "patient": "ordering:patient", "fair_victim": "victims:fair_victim",
 }
 MOST = 3  # sentences shown at a time: a learner mends one thing after the other
 
