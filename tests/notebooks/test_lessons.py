@@ -19,7 +19,6 @@ LESSONS = lessons_in(FOLDER)
 SOLUTIONS = {cell.name: cell.source for cell in cells_of((FOLDER / "solutions.py").read_text(encoding="utf-8"))}
 PARTS = ("**After this lesson you can**", "## Predict", "## Formula against measurement", "## Exercise", "## Break it",
          "## What this does not show", "## Three questions")  # fmt: skip
-IN_A_KERNEL = ("01",)  # on every push; the others with `-m slow`
 
 
 class Ran(NamedTuple):
@@ -110,17 +109,27 @@ def test_the_notebooks_are_up_to_date() -> None:
     assert outdated(FOLDER) == [], "run `python -m llmlab.teaching.build lessons/`"
 
 
-def kernel_lessons() -> list[Any]:
-    marks = {True: (), False: (pytest.mark.slow,)}
-    return [pytest.param(one, marks=marks[one.number in IN_A_KERNEL], id=one.name) for one in LESSONS]
-
-
-@pytest.mark.parametrize("lesson", kernel_lessons())
-def test_it_runs_under_a_jupyter_kernel(lesson: Lesson) -> None:
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Any]:
+    """One Jupyter kernel for all lessons: its imports are paid once."""
+    nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
+    client = nbclient.NotebookClient(None, kernel_name="python3")
+    manager = client.create_kernel_manager()
+    yield manager
+    if client.kc is None and manager.has_kernel:
+        nbclient.util.run_sync(manager.shutdown_kernel)(now=True)
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+def test_it_runs_under_a_jupyter_kernel(lesson: Lesson, kernel: Any) -> None:
+    import nbclient
+    import nbformat
+
     book = nbformat.read(lesson.path.with_suffix(".ipynb"), as_version=4)
-    nbclient.NotebookClient(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
+    book.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    client = nbclient.NotebookClient(book, km=kernel, timeout=120, resources={"metadata": {"path": str(FOLDER)}})
+    client.execute()
     data = [output.get("data", {}) for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
     html = "".join("".join(one.get("text/html", "")) for one in data)
     assert html.count("data:image/svg+xml") >= 2
