@@ -10,15 +10,19 @@ import msgspec
 
 from llmlab.clock import Clock, RealClock, VirtualClock
 from llmlab.config import EngineConfig
-from llmlab.decoding.autoregressive import DECODING_METHODS, TokenStop
+from llmlab.decoding.autoregressive import TokenStop
+from llmlab.decoding.draft_lengths import DRAFT_POLICIES
+from llmlab.decoding.drafts import DraftSetup
+from llmlab.decoding.methods import DECODING_METHODS
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog, Sink
 from llmlab.events.metrics import MetricsFold
 from llmlab.events.tracefile import TraceWriter
 from llmlab.execution.base import Executor
 from llmlab.execution.cost import RooflineCost, find_profile, is_profile, machine_here, wall_cost, warn_if_foreign
+from llmlab.execution.drafting import Drafter
 from llmlab.execution.pool_plan import GRAPH_BYTES, Memory, budget_bytes, kv_blocks, no_room, out_of_memory
-from llmlab.execution.sim_executor import PseudoTokens, SimExecutor
+from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor
 from llmlab.kernels.capability import check_dtype, default_dtype
 from llmlab.kernels.quant_spec import parse_quantization
 from llmlab.memory.eviction import EVICTIONS, LRU
@@ -30,10 +34,18 @@ from llmlab.scheduling.composers import COMPOSERS
 from llmlab.scheduling.ordering import ORDERINGS
 from llmlab.scheduling.placement import PLACEMENTS
 from llmlab.scheduling.preemption import VICTIMS
-from llmlab.scheduling.scheduler import Policies, Scheduler
+from llmlab.scheduling.scheduler import Drafting, Policies, Scheduler
 from llmlab.scheduling.seamcalls import Seam, checked_key, unchecked
 from llmlab.scheduling.weights import WEIGHT_PLACEMENTS
 from llmlab.seams import BlockView, CostModel, Eviction, Limits
+from llmlab.speculating import (
+    Speculation,
+    draft_cost_of,
+    outlook_of,
+    real_speculation,
+    simulated_speculation,
+    source_name,
+)
 from llmlab.types import ConfigError
 from roofline import hardware as hw
 from roofline import shapes
@@ -48,7 +60,7 @@ if TYPE_CHECKING:
 REGISTRIES: dict[str, Registry[Any]] = {
     "ordering": ORDERINGS, "admission": ADMISSIONS, "composer": COMPOSERS, "victim": VICTIMS,
     "placement": PLACEMENTS, "eviction": EVICTIONS, "tiering": TIERINGS, "decoding": DECODING_METHODS,
-    "weights": WEIGHT_PLACEMENTS,
+    "weights": WEIGHT_PLACEMENTS, "draft_policy": DRAFT_POLICIES,
 }  # fmt: skip
 # The KV pool of a real engine, if nobody says how large: enough for the lab models, harmless for large ones.
 DEFAULT_KV_BYTES = 512 << 20
@@ -113,24 +125,27 @@ def assemble(config: EngineConfig) -> Assembly:
     log = _log(config, clock, metrics)
     if backend.offload is not None and backend.loaded is not None:
         backend.offload.start(backend.loaded.model, _seam(config, log, "weights"), config.num_expert_slots)
-    executor = _executor(config, backend, clock, num_blocks, num_host_blocks)
-    scheduler = build_scheduler(config, backend.cost, limits, log, num_blocks, num_host_blocks)
+    executor, speculation = _executor(config, backend, clock, num_blocks, num_host_blocks)
+    drafts = speculation.shape if speculation is not None else None
+    scheduler = build_scheduler(config, backend.cost, limits, log, num_blocks, num_host_blocks, drafts)
     effective = {**config.describe(), "num_blocks": num_blocks, "num_host_blocks": num_host_blocks,
                  "max_model_len": limits.max_model_len}  # fmt: skip
-    _announce(log, config, backend, executor, effective)
+    _announce(log, config, backend, executor, effective, drafts)
     return Assembly(scheduler, executor, clock, log, backend.tokenizer, metrics, backend.model, limits)
 
 
 def build_scheduler(config: EngineConfig, cost: CostModel, limits: Limits, log: EventLog, num_blocks: int,
-                    num_host_blocks: int) -> Scheduler:  # fmt: skip
-    """A scheduler with its memory and policies; neither model nor executor is needed."""
+                    num_host_blocks: int, drafts: shapes.Shape | None = None) -> Scheduler:  # fmt: skip
+    """A scheduler with its memory and policies; neither model nor executor is needed. `drafts`: sizes of a draft model."""
     memory = KVManager(num_blocks, num_host_blocks, config.block_size, config.enable_prefix_caching, log,
                        eviction_chooser(config, log))  # fmt: skip
-    return Scheduler(policies_of(config, log), memory, cost, log, limits, config.view_cap, config.num_alternatives,
+    policies = policies_of(config, log, cost, drafts)
+    return Scheduler(policies, memory, cost, log, limits, config.view_cap, config.num_alternatives,
                      lambda seam, choice: reseated(config, log, seam, choice))  # fmt: skip
 
 
-def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: Executor, effective: dict[str, Any]) -> None:
+def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: Executor, effective: dict[str, Any],
+              drafts: shapes.Shape | None) -> None:  # fmt: skip
     from llmlab import __version__
 
     model, device = backend.model, backend.hardware
@@ -141,7 +156,7 @@ def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: E
                   **executor.describe()},
         model={"name": model.name, "vocab_size": model.vocab_size, "eos_token_ids": list(model.eos_token_ids),
                "kv_bytes_per_token": backend.bytes_per_token, "precision": backend.precision,
-               "shape": asdict(model.shape)},
+               "shape": asdict(model.shape), **({"draft": asdict(drafts)} if drafts is not None else {})},
     )  # fmt: skip
 
 
@@ -161,20 +176,27 @@ def _limits(config: EngineConfig, model: ModelFacts, num_blocks: int) -> Limits:
     return Limits(config.max_num_seqs, config.max_num_batched_tokens, longest)
 
 
-def policies_of(config: EngineConfig, log: EventLog) -> Policies:
+def policies_of(config: EngineConfig, log: EventLog, cost: CostModel, drafts: shapes.Shape | None) -> Policies:
     """The guarded seams that a configuration asks for."""
     def seam(name: str) -> Seam[Any]:
         return _seam(config, log, name)
 
+    drafting = None
+    if config.speculation is not None:
+        outlook = outlook_of(cost, draft_cost_of(cost, drafts, config), config)
+        drafting = Drafting(seam("draft_policy"), outlook, source_name(config.speculation))
     return Policies(seam("ordering"), seam("admission"), seam("composer"), seam("victim"), seam("placement"),
-                    seam("tiering"), seam("decoding"), TokenStop())  # fmt: skip
+                    seam("tiering"), seam("decoding"), TokenStop(), drafting)  # fmt: skip
 
 
 def _seam(config: EngineConfig, log: EventLog, name: str) -> Seam[Any]:
-    """The guarded seam of one field; the default of EngineConfig decides where a plug-in fails."""
-    registry = REGISTRIES[name]
-    return Seam(name, registry.resolve(getattr(config, name)), registry.resolve(getattr(EngineConfig(), name)), log,
-                config.policy_timeout)  # fmt: skip
+    """The guarded seam of one field; the default of EngineConfig decides where a plug-in fails. With drafts, the default
+    of decoding is to verify them."""
+    registry, default = REGISTRIES[name], getattr(EngineConfig(), name)
+    choice = getattr(config, name)
+    if name == "decoding" and config.speculation is not None:
+        choice, default = "speculative" if choice == default else choice, "speculative"
+    return Seam(name, registry.resolve(choice), registry.resolve(default), log, config.policy_timeout)
 
 
 def reseated(config: EngineConfig, log: EventLog, seam: str, choice: Any) -> Any:
@@ -412,12 +434,23 @@ def _memory(config: EngineConfig, backend: Backend) -> Memory:
     return Memory(float(total), max(0.0, total - free - ours), ours, active, GRAPH_BYTES)
 
 
-def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: int, num_host_blocks: int) -> Executor:
+def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: int, num_host_blocks: int
+              ) -> tuple[Executor, Speculation | None]:  # fmt: skip
+    vocab_size = backend.model.vocab_size
+    setup = DraftSetup(vocab_size, num_blocks, config.block_size, config.seed, backend.loaded)
     if backend.loaded is None:
-        tokens = PseudoTokens(backend.model.vocab_size, config.seed)
+        tokens = PseudoTokens(vocab_size, config.seed)
+        speculation = simulated_speculation(config, setup, tokens)
+        drafting = None
+        if speculation is not None:
+            drafting = SimDrafting(Drafter(speculation.source, vocab_size), draft_cost_of(backend.cost, speculation.shape, config))
         cost = wall_cost(backend.cost, config.overlap_depth)
-        return SimExecutor(cost, tokens, clock, {"device": backend.hardware.name}, config.block_size)
-    from llmlab.execution.torch_executor import TorchExecutor
+        described = {"device": backend.hardware.name}
+        return SimExecutor(cost, tokens, clock, described, config.block_size, drafting), speculation
+    from llmlab.execution.torch_executor import KVCache, TorchExecutor
 
-    return TorchExecutor(backend.loaded, num_blocks, num_host_blocks, config.block_size, config.seed,
-                         asynchronous=config.overlap_depth > 0, offload=backend.offload)  # fmt: skip
+    cache = KVCache(backend.loaded, num_blocks, num_host_blocks, config.block_size)
+    speculation = real_speculation(config, setup._replace(kv_layers=cache.layers), config.kernels)
+    drafter = Drafter(speculation.source, vocab_size) if speculation is not None else None
+    return TorchExecutor(backend.loaded, cache, config.block_size, config.seed, asynchronous=config.overlap_depth > 0,
+                         offload=backend.offload, drafter=drafter), speculation  # fmt: skip

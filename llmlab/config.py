@@ -10,7 +10,7 @@ import msgspec
 from llmlab.registry import policy_name
 from llmlab.types import ConfigError, unknown_name
 
-SEAM_FIELDS = ("ordering", "admission", "composer", "victim", "placement", "eviction", "tiering", "decoding")
+SEAM_FIELDS = ("ordering", "admission", "composer", "victim", "placement", "eviction", "tiering", "decoding", "draft_policy")
 PLUG_IN_FIELDS = (*SEAM_FIELDS, "weights")  # take a name or an object; the seams among them may change while a run goes on
 
 
@@ -23,8 +23,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     layers; None: a quarter) fit on the device; `layer_window` keeps only so many layers of a model in memory and reads the
     others from disk as they come round. `host` names the CPU beside the device, for the cost of what is placed there.
     `quantization`: "int8" or "int4" weights ("int4-g32-sym": group and zero, too). `gpu_memory`: what the engine may
-    take of the device, in bytes, as "16GB", or as the device that it stands for ("t4").
-    Raises ConfigError.
+    take of the device, in bytes, as "16GB", or as the device that it stands for ("t4"). `speculation` is where drafts come
+    from: a registered source ("ngram", "suffix"), the name of a draft model, or an object (`seams.DraftSource`); None
+    drafts nothing. Raises ConfigError.
     """
 
     model: str = "lab-s"
@@ -61,6 +62,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_expert_slots: int | None = None
     layer_window: int | None = None
 
+    speculation: Any = None
+    num_speculative_tokens: int = 4
+    draft_policy: Any = "fixed"
+
     seed: int = 0
     log_level: int = 2
     log_capacity: int = 200_000
@@ -71,7 +76,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     view_cap: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_batched_tokens", "max_num_seqs", "log_capacity", "view_cap"):
+        for name in ("block_size", "max_num_batched_tokens", "max_num_seqs", "log_capacity", "view_cap",
+                     "num_speculative_tokens"):  # fmt: skip
             self._at_least(name, 1)
         for name in ("overlap_depth", "check_interval", "num_alternatives"):
             self._at_least(name, 0)
@@ -110,8 +116,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def describe(self) -> dict[str, Any]:
         """Plain data for the first event of a run; plug-in objects appear under their names."""
         values = {name: getattr(self, name) for name in self.__struct_fields__}
-        for name in PLUG_IN_FIELDS:
-            values[name] = values[name] if isinstance(values[name], str) else policy_name(values[name])
+        for name in (*PLUG_IN_FIELDS, "speculation"):
+            choice = values[name]
+            values[name] = choice if isinstance(choice, str) or choice is None else policy_name(choice)
         return values
 
 

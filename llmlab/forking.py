@@ -18,15 +18,18 @@ import msgspec
 
 from llmlab.assembly import Assembly, ModelFacts, eviction_chooser, policies_of
 from llmlab.config import SEAM_FIELDS, EngineConfig
+from llmlab.decoding.drafts import Oracle
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
-from llmlab.events.metrics import MetricsFold
+from llmlab.events.metrics import MetricsFold, acceptance_by_position
 from llmlab.events.replay import ReplayClock, compare, feed
 from llmlab.events.trace import Run
 from llmlab.execution.cost import RooflineCost, wall_cost
-from llmlab.execution.sim_executor import PseudoTokens, SimExecutor, SimTicket
-from llmlab.replaying import recorded_config, recorded_scheduler
+from llmlab.execution.drafting import Drafter
+from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor, SimTicket
+from llmlab.replaying import recorded_config, recorded_cost, recorded_draft, recorded_scheduler
 from llmlab.scheduling.scheduler import Scheduler
+from llmlab.speculating import draft_cost_of
 from llmlab.types import Request, StepPlan, StepResult, TraceError, unknown_name
 from roofline.shapes import Shape
 
@@ -105,7 +108,8 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     position = _replay_until(run, scheduler, clock, at, _Memory(run, engine))
     _prove(run, scheduler, position, at)
     engine.config = recorded_config(run, **{**(recorded or {}), **_turned(run, position), **changes})
-    scheduler.adopt(policies_of(engine.config, scheduler.log), clock.now())
+    policies = policies_of(engine.config, scheduler.log, recorded_cost(run, config), recorded_draft(run))
+    scheduler.adopt(policies, clock.now())
     scheduler.memory.pool.choose = eviction_chooser(engine.config, scheduler.log)
     flying = _in_flight(run, scheduler, position)
     engine.executor.occupy(max((done.t for done in flying), default=0.0))  # type: ignore[attr-defined]
@@ -188,16 +192,25 @@ def _in_flight(run: Run, scheduler: Scheduler, position: int) -> list[ev.StepFin
 def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayClock) -> Engine:
     model = run.started.model
     shape = Shape(**model["shape"])
-    device = run.started.hardware["name"]
-    cost = RooflineCost(shape, device, config.block_size, model["precision"], config.host)
-    wall = wall_cost(cost, config.overlap_depth)
+    cost, device = recorded_cost(run, config), run.started.hardware["name"]
     tokens = RecordedTokens(run, shape.vocab_size)
-    executor = SimExecutor(wall, tokens, clock, {"device": device}, config.block_size)
+    executor = SimExecutor(wall_cost(cost, config.overlap_depth), tokens, clock, {"device": device}, config.block_size,
+                           _drafting(run, config, tokens, cost))  # fmt: skip
     facts = ModelFacts(
         model["name"], shape.vocab_size, scheduler.limits.max_model_len, tuple(model["eos_token_ids"]), shape
     )
     parts = Assembly(scheduler, executor, clock, scheduler.log, None, MetricsFold(), facts, scheduler.limits)
     return Engine(config, parts)
+
+
+def _drafting(run: Run, config: EngineConfig, tokens: RecordedTokens, cost: RooflineCost) -> SimDrafting | None:
+    """Drafts that hold as often as those of the recorded run did, position by position."""
+    if config.speculation is None:
+        return None
+    shape = Shape(**run.started.model["shape"])
+    held = acceptance_by_position(run.log_events) or [0.0]
+    source = Oracle(tokens.token, held, shape.vocab_size, config.seed)
+    return SimDrafting(Drafter(source, shape.vocab_size), draft_cost_of(cost, recorded_draft(run), config))
 
 
 def _continue(run: Run, engine: Engine, position: int, flying: Sequence[ev.StepFinished],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from llmlab.events.metrics import RequestMetrics
 from llmlab.scheduling.scheduler import Update
@@ -58,7 +60,9 @@ class AnswerState:
             self.output.logprobs = []
 
     def apply(self, update: Update) -> str | None:
-        """Take in new tokens; the stop string that they completed, if any."""
+        """Take in new tokens; the stop string that they completed, if any. Tokens behind it are not the client's."""
+        if len(update.token_ids) > 1 and self.request.sampling.stop:
+            return next((stop for one in _one_by_one(update) if (stop := self.apply(one)) is not None), None)
         out, result = self.output, update.result
         if result is not None and result.prompt_logprobs:
             self.parent.prompt_logprobs = list(result.prompt_logprobs)
@@ -106,3 +110,14 @@ class AnswerState:
     def end(self, reason: FinishReason, stop_reason: str | None = None) -> None:
         """End from outside: an abort, or a stop string."""
         self.output.finish_reason, self.output.stop_reason = reason, stop_reason
+
+
+def _one_by_one(update: Update) -> Iterator[Update]:
+    """The update, token by token."""
+    last = len(update.token_ids) - 1
+    for index, token in enumerate(update.token_ids):
+        result = update.result
+        if result is not None:
+            scores = result.prompt_logprobs if index == 0 else ()
+            result = msgspec.structs.replace(result, logprobs=result.logprobs[index : index + 1], prompt_logprobs=scores)
+        yield Update(update.request, (token,), result, update.finish_reason if index == last else None)

@@ -38,11 +38,22 @@ def recorded_scheduler(run: Run, clock: ReplayClock, **overrides: Any) -> Schedu
     config, started = recorded_config(run, **overrides), run.started
     if "shape" not in started.model or config.num_blocks is None or config.num_host_blocks is None:
         raise TraceError("trace", "RunStarted", "does not say which model and pool it used", "Record it anew.")
-    cost = RooflineCost(Shape(**started.model["shape"]), started.hardware["name"], config.block_size,
-                        started.model["precision"], config.host)  # fmt: skip
     limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len or 0)
     log = EventLog(clock, config.log_level, capacity=max(1, 2 * len(run.log_events)))
-    return build_scheduler(config, cost, limits, log, config.num_blocks, config.num_host_blocks)
+    return build_scheduler(config, recorded_cost(run, config), limits, log, config.num_blocks, config.num_host_blocks,
+                           recorded_draft(run))  # fmt: skip
+
+
+def recorded_cost(run: Run, config: EngineConfig) -> RooflineCost:
+    """The cost model that a run was planned with."""
+    started = run.started
+    return RooflineCost(Shape(**started.model["shape"]), started.hardware["name"], config.block_size,
+                        started.model["precision"], config.host)  # fmt: skip
+
+
+def recorded_draft(run: Run) -> Shape | None:
+    """The sizes of the draft model that a run used."""
+    return Shape(**run.started.model["draft"]) if "draft" in run.started.model else None
 
 
 def replay_decisions(run: Run, **overrides: Any) -> Replayed:

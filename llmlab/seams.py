@@ -24,7 +24,9 @@ Key = float | int | tuple[Any, ...]
 class RequestView(msgspec.Struct, frozen=True):
     """One request as a policy may see it. Token counts; `arrival`, `deadline` in seconds.
 
-    `num_cached_tokens` of a queued request is what the prefix cache holds for it right now (a hint).
+    `num_cached_tokens` of a queued request is what the prefix cache holds for it right now (a hint). `num_tokens`
+    counts the `num_pending` ones in flight, not the `drafts`, which are only proposed (`parents`: their tree, if they
+    are one). `acceptance` is the moving average of the share of its drafts that held; None before the first.
     `metadata` is the client's, e.g. `{"output_len": 80}` for oracle policies. `home` and `cursor`: see `types.Sequence`.
     """
 
@@ -43,6 +45,10 @@ class RequestView(msgspec.Struct, frozen=True):
     home: Home = "device"
     cursor: int = 0
     num_host_blocks: int = 0
+    num_pending: int = 0
+    drafts: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    acceptance: float | None = None
 
     @property
     def num_output_tokens(self) -> int:
@@ -355,7 +361,61 @@ class DecodingMethod(Protocol):
 
     def work(self, request: RequestView) -> WorkItem | None: ...
 
-    def accept(self, request: Request, result: ItemResult) -> Commit: ...
+    def accept(self, request: Request, proposed: Sequence[int], item: WorkItem, result: ItemResult) -> Commit:
+        """`proposed`: the drafts of the request when `item` came back."""
+        ...
+
+
+class DraftContext(msgspec.Struct, frozen=True):
+    """A request that drafts are wanted for: `token_ids` is all it has so far (not to be changed), `block_ids` the KV
+    blocks of positions [0, len(token_ids) + k). `k=0`: none are wanted, but the request moved on."""
+
+    request: Request
+    token_ids: Sequence[int]
+    block_ids: tuple[int, ...]
+    k: int
+
+
+class Proposal(msgspec.Struct, frozen=True):
+    """Drafts of one request, at most `k`. A tree has `parents`, one per draft: the index of the draft that it follows,
+    -1 for the request's last token; a parent comes before its children."""
+
+    token_ids: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+
+
+@runtime_checkable
+class DraftSource(Protocol):
+    """Where drafts come from. Runs beside the executor, once per step for all requests together; one answer for each
+    context, in order. May keep what it learned; drafts never change what a request answers, only how fast. If it raises
+    or answers ids outside the vocabulary, the step goes on without drafts and a `PolicyFailed` event says so."""
+
+    def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]: ...
+
+
+class DraftOutlook(msgspec.Struct, frozen=True):
+    """What drafting may and costs: at most `longest` tokens a request; `seconds(items, k)` is what it takes to propose k
+    tokens behind each item and to verify them all in one step (k=0: a step of plain decoding)."""
+
+    longest: int
+    seconds: Callable[[Sequence[WorkItem], int], float]
+
+
+class DraftLengths(msgspec.Struct, frozen=True):
+    """How many drafts to propose behind each item. `options`: lengths that were weighed, with the predicted seconds per
+    token of each."""
+
+    lengths: tuple[int, ...]
+    reason: str = ""
+    options: tuple[tuple[int, float], ...] = ()
+
+
+@runtime_checkable
+class DraftPolicy(Protocol):
+    """How many tokens to propose behind each of `items`, which sample in this step; they are verified in the next one.
+    One length per item, 0 to `outlook.longest`."""
+
+    def lengths(self, view: EngineView, items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths: ...
 
 
 @runtime_checkable

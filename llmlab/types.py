@@ -249,6 +249,10 @@ class WorkItem(msgspec.Struct, frozen=True, omit_defaults=True):
     which an earlier step began, and begins the attention of layers a .. b - 1; it waits for each of them but, with
     `emit="none"`, the last. So `Span(l, l + 1)` waits for no attention of its own step, and after the last layer
     `Span(L, L)` takes up what is left: the token. `layers=None` starts the token afresh, whatever was begun.
+
+    The last `len(drafts)` tokens of the span are proposals: the item verifies them and emits those that hold, and one
+    more. With `mask="tree"` they are the nodes of a tree: `parents[i]` is the index of the draft that draft i follows,
+    -1 for the last committed token. `propose` asks for that many drafts behind what the item emits.
     """
 
     request: str
@@ -264,6 +268,9 @@ class WorkItem(msgspec.Struct, frozen=True, omit_defaults=True):
     adapter: str | None = None
     emit: Literal["sample", "score", "hidden", "none"] = "sample"
     group: str | None = None
+    drafts: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    propose: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -280,12 +287,28 @@ class WorkItem(msgspec.Struct, frozen=True, omit_defaults=True):
         return msgspec.structs.replace(self, device="cpu", layers=Span(layer, layer if last else layer + 1),
                                        emit=self.emit if last else "none")  # fmt: skip
 
+    @property
+    def num_committed(self) -> int:
+        """Tokens of the span that are no proposals."""
+        return self.tokens[1] - self.tokens[0] - len(self.drafts)
+
+    @property
+    def reach(self) -> int:
+        """Tokens whose KV blocks the item writes: its span, and the drafts that it asks for."""
+        return self.tokens[1] + self.propose
+
     def shortened(self, num_tokens: int) -> WorkItem:
-        """The same work, only its first `num_tokens` tokens; a cut item emits nothing."""
+        """The same work, only its first `num_tokens` tokens. Drafts go first; an item that was cut further emits
+        nothing."""
         start, stop = self.tokens
         if start + num_tokens >= stop:
             return self
-        return msgspec.structs.replace(self, tokens=Span(start, start + num_tokens), emit="none")
+        kept = start + num_tokens - (stop - len(self.drafts))
+        cut = Span(start, start + num_tokens)
+        if kept < 0:
+            return msgspec.structs.replace(self, tokens=cut, emit="none", drafts=(), parents=(), propose=0, mask="causal")
+        mask = self.mask if kept else "causal"
+        return msgspec.structs.replace(self, tokens=cut, drafts=self.drafts[:kept], parents=self.parents[:kept], mask=mask)
 
 
 class Move(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -321,13 +344,20 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ItemResult(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What an item produced: the sampled tokens, and log-probabilities where they were asked for."""
+    """What an item produced: the sampled tokens, and log-probabilities where they were asked for.
+
+    Of an item with drafts `token_ids` are those that held and one more. `drafts` and `parents` are proposed for the next
+    item; `draft_error` says why there are none although some were asked for.
+    """
 
     request: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
+    drafts: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    draft_error: str | None = None
 
 
 class Durations(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -415,11 +445,12 @@ class Sequence:
 
     `num_pending` counts sampled tokens that the executor owns but the scheduler has not seen yet. `home` says where the
     KV lies. `cursor`: layers whose attention has begun for a token that is half-way (0: none is). `device_bound`: it ran
-    out of host memory and may live on the device only.
+    out of host memory and may live on the device only. `drafts` (with their `parents`) are proposed and not committed;
+    `acceptance` is the moving average of the share of them that holds.
     """
 
-    __slots__ = ("block_hashes", "cause", "cursor", "device_bound", "epoch", "finish_reason", "home", "inflight_step", "key",
-                 "logged_wait",
+    __slots__ = ("acceptance", "block_hashes", "cause", "cursor", "device_bound", "draft_parents", "drafts", "epoch",
+                 "finish_reason", "home", "inflight_step", "key", "logged_wait",
                  "num_cached_tokens", "num_computed_tokens", "num_pending", "num_preemptions",
                  "num_prompt_tokens", "request", "status", "token_ids", "waiting_reason")
 
@@ -433,6 +464,9 @@ class Sequence:
         self.num_pending = 0
         self.num_preemptions = 0
         self.epoch = 0
+        self.drafts: tuple[int, ...] = ()
+        self.draft_parents: tuple[int, ...] = ()
+        self.acceptance: float | None = None
         self.inflight_step = -1
         self.finish_reason: FinishReason | None = None
         self.block_hashes: list[bytes] = []
@@ -467,10 +501,17 @@ class Sequence:
 
 
 class Commit(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a decoding method makes of a result: tokens to append, after cutting back to `truncate_to`."""
+    """What a decoding method makes of a result: tokens to append, and what is proposed from now on.
+
+    KV is kept for `truncate_to` tokens at most (None: for all that were computed). `final=False`: the KV that was
+    written may still be overwritten, so nobody else may find it.
+    """
 
     token_ids: tuple[int, ...]
     truncate_to: int | None = None
+    drafts: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    final: bool = True
 
 
 def total_tokens(items: AbstractSequence[WorkItem]) -> int:

@@ -151,6 +151,9 @@ def table() -> dict[str, Shape]:
         _llama("llama-2-7b", 4096, 32, 32, 32, 11008, 32000, hub + "meta-llama/Llama-2-7b-hf"),
         _llama("llama-2-13b", 5120, 40, 40, 40, 13824, 32000, hub + "meta-llama/Llama-2-13b-hf"),
         _llama("llama-2-70b", 8192, 80, 64, 8, 28672, 32000, hub + "meta-llama/Llama-2-70b-hf"),
+        _llama(
+            "llama-3.2-1b", 2048, 16, 32, 8, 8192, 128256, hub + "meta-llama/Llama-3.2-1B", head_dim=64, tied=True
+        ),
         _llama("llama-3.1-8b", 4096, 32, 32, 8, 14336, 128256, hub + "meta-llama/Llama-3.1-8B"),
         _llama("llama-3.1-70b", 8192, 80, 64, 8, 28672, 128256, hub + "meta-llama/Llama-3.1-70B"),
         _llama("qwen2.5-7b", 3584, 28, 28, 4, 18944, 152064, hub + "Qwen/Qwen2.5-7B", bias="qkv"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llmlab.registry import Registry
-from llmlab.seams import DecodingMethod, RequestView
+from llmlab.seams import RequestView
 from llmlab.types import Commit, FinishReason, ItemResult, Request, Span, WorkItem
 
 
@@ -21,7 +20,7 @@ class Autoregressive:
             return None
         return WorkItem(request.id, Span(request.num_computed_tokens, request.num_tokens))
 
-    def accept(self, request: Request, result: ItemResult) -> Commit:
+    def accept(self, request: Request, proposed: Sequence[int], item: WorkItem, result: ItemResult) -> Commit:
         return Commit(result.token_ids)
 
 
@@ -60,6 +59,3 @@ class TokenStop:
         if index >= len(token_ids):
             return None
         return Stop(index, "stop" if index in found else "length")
-
-
-DECODING_METHODS: Registry[DecodingMethod] = Registry("decoding", {"autoregressive": Autoregressive})

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from llmlab import rng
-from llmlab.types import RequestError, SamplingParams, TokenLogprobs
+from llmlab.types import Request, RequestError, SamplingParams, TokenLogprobs
 
 # Most draws fall into the most likely tokens, so only these are sorted; more, then all, when a draw needs them.
 HEADS = (128, 2048)
@@ -48,6 +48,21 @@ class SampleRow(NamedTuple):
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     eos_token_ids: tuple[int, ...] = ()
+
+
+def sample_row(request: Request, seed: int, token_ids: Sequence[int], drafts: Sequence[int] = ()) -> SampleRow:
+    """The row that samples behind `token_ids` and `drafts` of a request. Its own seed, if it has one, keys the random
+    numbers by the number of the answer, else the engine's `seed` by the request's id."""
+    sampling = request.sampling
+    seeded = sampling.seed is not None
+    history: Sequence[int] = ()
+    if sampling.has_penalties or sampling.min_tokens > 0:
+        history = (*token_ids[request.num_prompt_tokens :], *drafts)
+    return SampleRow(
+        sampling, sampling.seed if sampling.seed is not None else seed,
+        f"#{request.metadata.get('sample', 0)}" if seeded else request.id, len(token_ids) + len(drafts),
+        request.prompt_token_ids, history, request.eos_token_ids,
+    )  # fmt: skip
 
 
 class Sampled(NamedTuple):

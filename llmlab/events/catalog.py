@@ -366,6 +366,26 @@ class ExpertEvicted(Event, frozen=True, tag=True):
 
 
 # ------------------------------------------------------------------------------------- decoding
+class Drafted(Event, frozen=True, tag=True):
+    """Tokens were proposed for a request; nobody has verified them yet. `parents` is empty for a chain."""
+
+    LEVEL: ClassVar[int] = 2
+    token_ids: tuple[int, ...]
+    parents: tuple[int, ...] = ()
+    source: str = ""
+
+
+class Verified(Event, frozen=True, tag=True):
+    """Drafts were verified: `accepted` hold, `rejected` do not, `bonus` is the token that the verification itself
+    yielded (None if the request ended before it)."""
+
+    LEVEL: ClassVar[int] = 2
+    accepted: tuple[int, ...]
+    rejected: tuple[int, ...] = ()
+    bonus: int | None = None
+    source: str = ""
+
+
 class RolledBack(Event, frozen=True, tag=True):
     """Computed tokens were cut back to `num_computed_tokens` (a sampled token had ended the request,
     or a proposal was rejected)."""
@@ -405,6 +425,6 @@ AnyEvent = (
     | FirstToken | TokensReleased | RequestFinished | ReserveFailed | PrefixMatched | BlocksReserved | BlockReplaced
     | BlocksReleased | BlockCached | BlockEvicted | KVMoved | KVDropped | ExpertsDispatched | ExpertFetched
     | ExpertEvicted | StepPlanned | StepFinished | Leapt | Span | Idle | JoinWait | RolledBack
-    | Decision
+    | Decision | Drafted | Verified
 )  # fmt: skip
 EVENT_TYPES: dict[str, type[Event]] = {kind.__name__: kind for kind in AnyEvent.__args__}

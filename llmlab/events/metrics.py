@@ -107,6 +107,12 @@ class RunMetrics:
     mean_batch: float
     max_kv_blocks: int
     schedule_share: float
+    drafted_tokens: int
+    accepted_tokens: int
+    wasted_tokens: int
+    wasted_joules: float
+    acceptance_rate: float
+    tokens_per_verification: float
     ttft: Summary
     tpot: Summary
     itl: Summary
@@ -127,6 +133,17 @@ class RunMetrics:
         return flat
 
 
+def acceptance_by_position(events: Iterable[ev.Event]) -> list[float]:
+    """How often the i-th draft of a chain held, of those that were reached: all drafts before them held."""
+    tried, held = [0] * 64, [0] * 64
+    for event in events:
+        if isinstance(event, ev.Verified):
+            for i in range(min(64, len(event.accepted) + bool(event.rejected))):
+                tried[i] += 1
+                held[i] += i < len(event.accepted)
+    return [h / t for h, t in zip(held, tried) if t]
+
+
 class MetricsFold:
     """Folds events one by one; usable as a sink of a live log. Handlers only read the event."""
 
@@ -143,11 +160,15 @@ class MetricsFold:
         self._peak = self._bandwidth = 0.0
         self._mfu: list[float] = []
         self._mbu: list[float] = []
+        self._joules_per_token: dict[int, float] = {}
+        self._drafts = self._accepted = self._rejected = self._verifications = self._wasted = 0
+        self._wasted_joules = 0.0
         self._handlers = {
             ev.RunStarted: self._run_started, ev.RequestArrived: self._arrived, ev.RequestRefused: self._refused,
             ev.RequestAdmitted: self._admitted, ev.RequestPreempted: self._preempted,
             ev.TokensReleased: self._released, ev.RequestFinished: self._finished, ev.StepPlanned: self._planned,
-            ev.StepFinished: self._step_finished, ev.Leapt: self._leapt,
+            ev.StepFinished: self._step_finished, ev.Leapt: self._leapt, ev.RolledBack: self._rolled_back,
+            ev.Drafted: self._drafted, ev.Verified: self._verified,
         }  # fmt: skip
 
     def write(self, event: ev.Event) -> None:
@@ -201,14 +222,29 @@ class MetricsFold:
     def _planned(self, event: ev.StepPlanned) -> None:
         if event.predicted is not None:
             self._predicted[event.step] = event.predicted
+            self._joules_per_token[event.step] = event.predicted.joules / max(1, event.num_tokens)
         requests = self.requests
         for item in event.items:
             request, (start, stop) = requests[item.request], item.tokens
             computed = request.num_computed_tokens
-            if start < computed:
+            if start < computed and item.kv_write == "append":
                 request.num_recomputed_tokens += min(stop, computed) - start
             if stop > computed:
                 request.num_computed_tokens = stop
+
+    def _rolled_back(self, event: ev.RolledBack) -> None:
+        request = self.requests[event.request or ""]
+        request.num_computed_tokens = min(request.num_computed_tokens, event.num_computed_tokens)
+        self._wasted += event.tokens_wasted
+        self._wasted_joules += event.tokens_wasted * self._joules_per_token.get(event.step, 0.0)
+
+    def _drafted(self, event: ev.Drafted) -> None:
+        self._drafts += len(event.token_ids)
+
+    def _verified(self, event: ev.Verified) -> None:
+        self._verifications += 1
+        self._accepted += len(event.accepted)
+        self._rejected += len(event.rejected)
 
     def _step_finished(self, event: ev.StepFinished) -> None:
         self.num_steps += 1
@@ -218,6 +254,7 @@ class MetricsFold:
         self._execute += event.measured.execute
         self._batch_tokens += event.num_tokens
         predicted = self._predicted.pop(event.step, None)
+        self._joules_per_token.pop(event.step, None)
         seconds = event.measured.execute
         if predicted is not None and seconds:
             if predicted.seconds:
@@ -254,6 +291,10 @@ class MetricsFold:
             prefix_hit_rate=cached / (cached + self._batch_tokens) if cached else 0.0,
             mean_batch=self._batch_tokens / self.num_steps if self.num_steps else 0.0,
             max_kv_blocks=self.max_kv_blocks, schedule_share=self._schedule / busy if busy else 0.0,
+            drafted_tokens=self._drafts, accepted_tokens=self._accepted, wasted_tokens=self._wasted,
+            wasted_joules=self._wasted_joules,
+            acceptance_rate=self._accepted / (self._accepted + self._rejected) if self._accepted else 0.0,
+            tokens_per_verification=1 + self._accepted / self._verifications if self._verifications else 0.0,
             ttft=Summary.of(r.ttft for r in done), tpot=Summary.of(r.tpot for r in done),
             itl=Summary.of(gap for r in done for gap in r.itl), e2e=Summary.of(r.e2e for r in done),
             queue_time=Summary.of(r.queue_time for r in done), predicted_over_measured=Summary.of(self._ratios),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmlab.events import catalog as ev
-from llmlab.types import QUEUED, Home, Status, TraceError
+from llmlab.types import QUEUED, Home, Status, TraceError, WorkItem
 
 _MASK = (1 << 64) - 1
 _STATUS_CODE = {status: code for code, status in enumerate(Status)}
@@ -30,6 +30,11 @@ def request_fingerprint(number: int, status: Status, num_tokens: int, num_comput
     lengths = _STATUS_CODE[status] | num_tokens << 3 | num_computed << 33
     place = 0 if home == "device" else (cursor + 1) * 0xA0761D6478BD642F
     return mix(lengths + number * 0x9E3779B97F4A7C15 + last_token * 0xD1B54A32D192ED03 + place)
+
+
+def computed_after(item: WorkItem, computed: int) -> int:
+    """Computed tokens of a request once `item` is planned. Overwriting computes nothing that was not there."""
+    return item.tokens[1] if item.kv_write == "append" else max(computed, item.tokens[1])
 
 
 def block_fingerprint(number: int, index: int, block_id: int) -> int:
@@ -177,7 +182,7 @@ def _planned(state: LabState, event: ev.StepPlanned) -> None:
         if item.halfway and item.layers is not None:
             request.cursor = item.layers[1]
         else:
-            request.num_computed_tokens, request.cursor = item.tokens[1], 0
+            request.num_computed_tokens, request.cursor = computed_after(item, request.num_computed_tokens), 0
         state.touch(request)
 
 

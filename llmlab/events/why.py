@@ -258,18 +258,29 @@ def _tell_decode(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
     if not steps:
         yield "Its steps were not recorded (log level below 2)." if run.started.level < 2 else "No step of its own fell into it."
         return
-    mixed = [s for s in steps if any(i.num_tokens > 1 and i.request != request for i in s.items)]
+    mixed = [s for s in steps if any(i.num_committed > 1 and i.request != request for i in s.items)]
     pure = [s for s in steps if s not in mixed]
     each = "each on average, with" if len(steps) > 1 else "long, with"
     yield (f"{count(len(steps), 'step')}, {seconds(_mean(steps))} {each} "
            f"{sum(len(s.items) for s in steps) / len(steps):.1f} requests in a step.")  # fmt: skip
     if mixed and pure:
-        guests = listed(list(dict.fromkeys(i.request for s in mixed for i in s.items if i.num_tokens > 1 and i.request != request)))
+        guests = listed(list(dict.fromkeys(i.request for s in mixed for i in s.items if i.num_committed > 1 and i.request != request)))
         yield (f"{len(mixed)} of them also computed prompts of {guests}: they took {seconds(_mean(mixed))} against "
                f"{seconds(_mean(pure))} without.")  # fmt: skip
+    yield from _tell_drafts(run, request, stretch)
     skipped = _skipped(run, request, stretch)
     if skipped:
         yield f"{count(skipped, 'step')} in between ran without it: the composer left it out."
+
+
+def _tell_drafts(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
+    verified = [e for e in run.index.of_request.get(request, ())
+                if isinstance(e, ev.Verified) and stretch.start <= e.t <= stretch.end]  # fmt: skip
+    held = sum(len(e.accepted) for e in verified)
+    drafts = held + sum(len(e.rejected) for e in verified)
+    if drafts:
+        yield (f"Of {count(drafts, 'draft')} ({verified[0].source}) {held} held: {1 + held / len(verified):.1f} tokens a "
+               "verification.")  # fmt: skip
 
 
 def _skipped(run: Run, request: str, stretch: Stretch) -> int:

@@ -9,8 +9,8 @@ from llmlab.types import Request, StepPlan, StepResult, WorkItem
 
 
 class Row(NamedTuple):
-    """One item with all that an executor needs for it. `block_ids` cover tokens [0, item.tokens.stop); they are host blocks
-    if `item.home` is "cpu"."""
+    """One item with all that an executor needs for it. `block_ids` cover tokens [0, item.reach); they are host blocks if
+    `item.home` is "cpu"."""
 
     item: WorkItem
     request: Request
@@ -59,4 +59,4 @@ class Done(NamedTuple):
 
 def row_of(item: WorkItem, request: Request, block_ids: Sequence[int], block_size: int) -> Row:
     """A row with just the blocks that the item reads and writes."""
-    return Row(item, request, tuple(block_ids[: -(-item.tokens[1] // block_size)]))
+    return Row(item, request, tuple(block_ids[: -(-item.reach // block_size)]))

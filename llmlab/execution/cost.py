@@ -17,6 +17,7 @@ from typing import Literal
 import llmlab
 from llmlab.execution.opgraph import Pending, build
 from llmlab.execution.timelines import Timelines, busy
+from llmlab.seams import CostModel, DraftOutlook
 from llmlab.types import Cost, Move, Span, Traffic, WorkItem
 from roofline.cost import AroundAttention, Efficiency, StepCost
 from roofline.cost import CostModel as RooflineModel
@@ -45,6 +46,8 @@ class RooflineCost:
                  host: Hardware | str | None = None) -> None:  # fmt: skip
         self.shape = shape
         self.host = host
+        self.name = hardware if isinstance(hardware, str) else hardware.name
+        self.dtype = dtype
         self._layers: RooflineLayers | None = None
         self._last: tuple[Sequence[WorkItem], Cost] = (), Cost(0.0)
         self.model: RooflineModel | ProfileCost
@@ -108,7 +111,7 @@ def rows_of(items: Sequence[WorkItem], num_layers: int = 0) -> Rows:
     """The rows of a step; items without layers pass all `num_layers`. 0: layers do not matter, and are left out."""
     query = [item.tokens[1] - item.tokens[0] for item in items]
     kv = [item.tokens[1] for item in items]
-    logits = [item.emit for item in items].count("sample")
+    logits = sum([1 + len(item.drafts) for item in items if item.emit == "sample"])
     if num_layers and any([item.layers is not None for item in items]):  # noqa: C419  a list is faster here
         passing = [item for item in items if item.layers is None or item.layers[1] > item.layers[0]]
         if len(passing) < len(items):  # what is left of a token behind the last layer is its logits
@@ -203,6 +206,32 @@ def split_step(items: Sequence[WorkItem], whole: StepCost, layers: RooflineLayer
     seconds = max(spans[i].end for i in graph.ends)
     return Cost(seconds, whole.flops, Traffic(hbm=whole.bytes_hbm, h2d=bytes_by["h2d"], d2h=bytes_by["d2h"]), whole.joules,
                 max(work, key=lambda name: work[name]))  # fmt: skip
+def draft_seconds(cost: CostModel | None, items: Sequence[WorkItem], k: int | None = None) -> float:
+    """What a draft model takes to propose `k` tokens behind each item, one after the other; by default as many as the
+    items ask for. It also computes the prompts that the items compute."""
+    if cost is None:
+        return 0.0
+    lengths = [item.propose if k is None else k for item in items]
+    seconds = 0.0
+    for level in range(max(lengths, default=0)):
+        rows = [_draft_row(item, level) for item, length in zip(items, lengths) if length > level]
+        seconds += cost.step(rows).seconds
+    return seconds
+
+
+def _draft_row(item: WorkItem, level: int) -> WorkItem:
+    at = item.tokens[1] + level
+    return WorkItem(item.request, Span(item.tokens[0] if level == 0 else at, at + 1))
+
+
+def draft_outlook(cost: CostModel, draft_cost: CostModel | None, longest: int) -> DraftOutlook:
+    """What a draft policy is told: rounds of drafting and verification, priced."""
+    def seconds(items: Sequence[WorkItem], k: int) -> float:
+        ahead = [WorkItem(i.request, Span(i.tokens[1], i.tokens[1] + 1 + k), drafts=(0,) * k) for i in items]
+        behind = [WorkItem(i.request, Span(max(0, i.tokens[1] - 1), i.tokens[1])) for i in items]
+        return cost.step(ahead).seconds + draft_seconds(draft_cost, behind, k)
+
+    return DraftOutlook(longest, seconds)
 
 
 class WallCost:

@@ -30,7 +30,7 @@ from llmlab.events import catalog as ev
 from llmlab.execution.base import Row, StepBatch
 from llmlab.execution.cost import machine_here, rows_of
 from llmlab.execution.threads import choose_threads
-from llmlab.execution.torch_executor import TorchExecutor
+from llmlab.execution.torch_executor import KVCache, TorchExecutor
 from llmlab.kernels.dispatch import Kernels, make_kernels
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.models.loader import LoadedModel, load_model
@@ -163,7 +163,8 @@ class Bench:
         self.block_bytes = shape.num_layers * shape.kv_elements * block_size * self.width
         longest = max(2 * MOVED_BLOCKS[-1], -(-loaded.max_model_len // block_size))
         self.num_blocks = max(min(longest, 4096), min(4096, int(CACHE_BYTES // self.block_bytes)))
-        self.executor = TorchExecutor(loaded, self.num_blocks, MOVED_BLOCKS[-1], block_size, 0, asynchronous=False)
+        self.executor = TorchExecutor(loaded, KVCache(loaded, self.num_blocks, MOVED_BLOCKS[-1], block_size), block_size, 0,
+                                      asynchronous=False)  # fmt: skip
         self.max_len = min(loaded.max_model_len, self.num_blocks * block_size)
         self.max_tokens = min(max_tokens, self.max_len)
         self.batches = Batches(block_size, self.num_blocks, shape.vocab_size)

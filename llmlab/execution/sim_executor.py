@@ -12,7 +12,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from llmlab import rng
 from llmlab.clock import Clock
+from llmlab.decoding.speculative import accepted_path
 from llmlab.execution.base import Row, StepBatch, Ticket
+from llmlab.execution.cost import draft_seconds
+from llmlab.execution.drafting import Drafter
 from llmlab.execution.opgraph import Copied, Pending, build
 from llmlab.execution.timelines import Timelines, busy
 from llmlab.seams import CostModel
@@ -70,6 +73,13 @@ def _drawn(seed: int, vocab_size: int, request: str, chunk: int, avoided: tuple[
     return tokens
 
 
+class SimDrafting(NamedTuple):
+    """A draft source in the simulator. `cost` prices its own steps; None: they cost nothing."""
+
+    drafter: Drafter
+    cost: CostModel | None
+
+
 class SimTicket(NamedTuple):
     """A simulated step: known at once, but the clock reaches its end only when it is collected."""
 
@@ -100,8 +110,10 @@ class SimExecutor:
 
     mode: Literal["measured", "simulated"] = "simulated"
 
-    def __init__(self, cost: LayeredCost, tokens: TokenSource, clock: Clock, description: dict[str, Any], block_size: int
-                 ) -> None:  # fmt: skip
+    def __init__(self, cost: LayeredCost, tokens: TokenSource, clock: Clock, description: dict[str, Any], block_size: int,
+                 drafting: SimDrafting | None = None) -> None:  # fmt: skip
+        self._drafting = drafting
+        self._texts: dict[str, list[int]] = {}
         self._cost = cost
         self._layers = cost.layers()
         self._tokens = tokens
@@ -116,8 +128,11 @@ class SimExecutor:
         now = self._clock.now()
         for name in batch.forget:
             self._pending.joins.pop(name, None)
+            self._texts.pop(name, None)
         spans, durations = self._place(batch, now)
         results = tuple(self._result(row) for row in batch.rows)
+        if self._drafting is not None:
+            results = self._drafting.drafter.extend(batch.rows, results, self._known)
         return SimTicket(StepResult(batch.plan.step, results, durations, spans), self._busy_until, self._clock)
 
     def resume(self, batch: StepBatch, busy_until: float) -> None:
@@ -133,6 +148,17 @@ class SimExecutor:
         """Put a step on the timelines; its arithmetic begins when that of the step before has ended."""
         start = max(now, self._busy_until)
         self._pending.prune(start)
+        spans, durations = self._place_step(batch, now, start)
+        drafting = draft_seconds(self._drafting.cost, batch.plan.items) if self._drafting is not None else 0.0
+        if not drafting:
+            return spans, durations
+        begin = self._busy_until
+        self._busy_until = self._timelines.free["device"] = begin + drafting
+        parts = {**durations.parts, "draft": drafting}
+        drafted = ResourceSpan("device", begin, begin + drafting, "draft")
+        return (*spans, drafted), Durations(durations.execute + drafting, parts=parts)
+
+    def _place_step(self, batch: StepBatch, now: float, start: float) -> tuple[tuple[ResourceSpan, ...], Durations]:
         if not self._is_plain(batch):
             return self._place_graph(batch, now, start)
         seconds = self._cost.step(batch.plan.items).seconds
@@ -194,7 +220,20 @@ class SimExecutor:
     def _result(self, row: Row) -> ItemResult:
         if row.item.emit != "sample":
             return ItemResult(row.item.request)
-        return ItemResult(row.item.request, (self._tokens.token(row.request, row.item.tokens[1]),))
+        item = row.item
+        at = item.tokens[1] - len(item.drafts)
+        found = [self._tokens.token(row.request, at)]
+        while len(accepted_path(item, found)) == len(found):
+            found.append(self._tokens.token(row.request, at + len(found)))
+        return ItemResult(item.request, tuple(found))
+
+    def _known(self, row: Row, result: ItemResult) -> list[int]:
+        """A request's tokens behind a row."""
+        request, item = row.request, row.item
+        text = self._texts.setdefault(request.id, list(request.prompt_token_ids))
+        stop = item.tokens[1] - len(item.drafts) + len(result.token_ids)
+        text += [self._tokens.token(request, position) for position in range(len(text), stop)]
+        return text if item.emit == "sample" else text[:stop]
 
     def describe(self) -> dict[str, Any]:
         return self._description

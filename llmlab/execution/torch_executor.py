@@ -7,14 +7,17 @@ import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmlab.decoding.sampler import SampleRow, greedy, plain, prompt_logprobs, sample
+from llmlab.decoding.sampler import Sampled, SampleRow, greedy, plain, prompt_logprobs, sample, sample_row
+from llmlab.decoding.speculative import parents_of, paths
 from llmlab.execution.base import Done, Row, StepBatch, Ticket
+from llmlab.execution.drafting import Drafter
 from llmlab.execution.offload import ExpertOffload, LayerWindow
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.models.loader import LoadedModel
@@ -64,21 +67,22 @@ class TorchExecutor:
 
     mode: Literal["measured", "simulated"] = "measured"
 
-    def __init__(self, loaded: LoadedModel, num_blocks: int, num_host_blocks: int, block_size: int, seed: int,
-                 asynchronous: bool, offload: ExpertOffload | None = None) -> None:  # fmt: skip
+    def __init__(self, loaded: LoadedModel, cache: KVCache, block_size: int, seed: int, asynchronous: bool,
+                 offload: ExpertOffload | None = None, drafter: Drafter | None = None) -> None:  # fmt: skip
         self._model = loaded.model
         self._offload = offload
+        self._drafter = drafter
         self._loaded = loaded
         self._block_size = block_size
         self._seed = seed
-        self.cache = KVCache(loaded, num_blocks, num_host_blocks, block_size)
+        self.cache = cache
         self._tokens: dict[str, list[int]] = {}
         self._plain: dict[str, bool] = {}  # of each request: whether its token is the largest logit, and no more was asked for
         self._lost: dict[str, str] = {}  # requests whose KV is gone, and why
         self._hidden: dict[str, Kept] = {}  # of requests that are between two layers
         self._prompt_scores: dict[str, list[TokenLogprobs]] = {}
         self._worker = ThreadPoolExecutor(1, "llmlab-executor") if asynchronous else None
-        self._warm_up(num_blocks * block_size)
+        self._warm_up(cache.layers[0][0].shape[0] * block_size)
 
     # ------------------------------------------------------------------------------------ interface
     def submit(self, batch: StepBatch) -> Ticket:
@@ -154,14 +158,20 @@ class TorchExecutor:
                 done[row.item.request] = ItemResult(row.item.request, error=reason)
         for layers, group in groups.items():
             done |= {result.request: result for result in self._forward(group, layers, parts)}
-        return tuple([done[row.item.request] for row in rows])
+        results = tuple([done[row.item.request] for row in rows])
+        if self._drafter is None:
+            return results
+        began = time.perf_counter()
+        results = self._drafter.extend(rows, results, self._known_after)
+        parts["draft"] = time.perf_counter() - began
+        return results
 
     def _unready(self, row: Row) -> str | None:
         """Why a row cannot run, or None."""
         item = row.item
         if item.request in self._lost:
             return self._lost[item.request]
-        if len(self._known(row)) < item.tokens[1]:
+        if len(self._known(row)) < item.tokens[1] - len(item.drafts):
             return "the step before it failed"
         return None if item.layers is None and item.inputs == "ids" else self._misfit(item)
 
@@ -189,7 +199,8 @@ class TorchExecutor:
         positions: list[int] = []
         device = self._model.device
         for row, (start, stop) in zip(rows, spans, strict=True):
-            ids += self._known(row)[start:stop]
+            ids += self._known(row)[start : stop - len(row.item.drafts)]
+            ids += row.item.drafts
             positions += range(start, stop)
         meta = AttentionMetadata.build(
             [stop - start for start, stop in spans], [stop for _, stop in spans], [row.block_ids for row in rows],
@@ -222,10 +233,16 @@ class TorchExecutor:
             self._plain[request.id] = plain(request.sampling) and request.sampling.prompt_logprobs is None
         return tokens
 
+    def _known_after(self, row: Row, result: ItemResult) -> list[int]:
+        """A request's tokens behind a row: all, if it sampled; else those that are computed."""
+        known = self._known(row)
+        return known if row.item.emit == "sample" else known[: row.item.tokens[1]]
+
     # ------------------------------------------------------------------------------------- sampling
     def _emit(self, rows: Sequence[Row], hidden: Tensor) -> tuple[ItemResult, ...]:
         """Logits only for rows that sample, and for prompts whose log-probabilities were asked for."""
-        last, emitting, end = [], [], 0
+        last: list[int] = []
+        emitting, end = [], 0
         failed: dict[str, ItemResult] = {}
         for row in rows:
             end += row.item.num_tokens
@@ -236,18 +253,20 @@ class TorchExecutor:
                     failed[row.request.id] = ItemResult(row.request.id, error=str(error))
                     continue
             if row.item.emit == "sample":
-                last.append(end - 1)
+                last += range(end - 1 - len(row.item.drafts), end)
                 emitting.append(row)
         if not emitting:
             return tuple(failed.get(row.request.id) or ItemResult(row.request.id) for row in rows)
         chosen = hidden if len(last) == hidden.shape[0] else hidden[last]
         logits = self._model.logits(chosen)
-        if len(emitting) == len(rows) and all(self._plain[row.request.id] for row in rows):
+        sampled: Sequence[Sampled] = ()
+        if all(self._plain[row.request.id] for row in emitting):
             tokens = greedy(logits)
-            if min(tokens) >= 0:
+            if min(tokens) >= 0 and len(last) == len(emitting) == len(rows):
                 return tuple([self._append(row.request.id, token) for row, token in zip(rows, tokens, strict=True)])
-        sampled = sample(logits, [self._sample_row(row) for row in emitting])
-        by_request = {row.request.id: result for row, result in zip(emitting, sampled, strict=True)}
+            sampled = [Sampled(token) for token in tokens] if min(tokens) >= 0 else ()
+        found = iter(sampled or sample(logits, [r for row in emitting for r in self._sample_rows(row)]))
+        by_request = {row.request.id: list(islice(found, 1 + len(row.item.drafts))) for row in emitting}
         return tuple(failed.get(row.request.id) or self._item_result(row, by_request.get(row.request.id)) for row in rows)
 
     def _append(self, name: str, token: int) -> ItemResult:
@@ -255,26 +274,27 @@ class TorchExecutor:
         self._tokens[name].append(token)
         return ItemResult(name, (token,))
 
-    def _sample_row(self, row: Row) -> SampleRow:
-        request = row.request
-        sampling, tokens = request.sampling, self._tokens[request.id]
-        seeded = sampling.seed is not None
-        return SampleRow(
-            sampling, sampling.seed if sampling.seed is not None else self._seed,
-            f"#{request.metadata.get('sample', 0)}" if seeded else request.id, row.item.tokens[1],
-            request.prompt_token_ids, tokens[request.num_prompt_tokens :] if _needs_history(row) else (),
-            request.eos_token_ids,
-        )  # fmt: skip
+    def _sample_rows(self, row: Row) -> list[SampleRow]:
+        """One behind the last committed token, and one behind each draft."""
+        request, item, tokens = row.request, row.item, self._tokens[row.request.id]
+        if not item.drafts:
+            return [sample_row(request, self._seed, tokens)]
+        committed = tokens[: item.tokens[1] - len(item.drafts)]
+        return [sample_row(request, self._seed, committed, path) for path in ((), *paths(item))]
 
-    def _item_result(self, row: Row, sampled: Any) -> ItemResult:
-        name = row.request.id
+    def _item_result(self, row: Row, sampled: Sequence[Sampled] | None) -> ItemResult:
+        name, item = row.request.id, row.item
         if sampled is None:
             return ItemResult(name)
-        if sampled.error is not None:
-            return ItemResult(name, error=sampled.error)
-        self._tokens[name].append(sampled.token_id)
+        found = verified(item, sampled)
+        if found[0].error is not None:
+            return ItemResult(name, error=found[0].error)
+        token_ids = tuple([s.token_id for s in found])
+        known, committed = self._tokens[name], item.tokens[1] - len(item.drafts)
+        if known[committed : committed + len(token_ids)] != list(token_ids):
+            known[committed:] = token_ids
         scores = tuple(self._prompt_scores.pop(name, ()))
-        return ItemResult(name, (sampled.token_id,), (sampled.logprobs,) if sampled.logprobs else (), scores)
+        return ItemResult(name, token_ids, tuple([s.logprobs for s in found if s.logprobs]), scores)
 
     def _score_prompt(self, row: Row, hidden: Tensor) -> None:
         """Log-probabilities of the prompt tokens that follow the ones just computed."""
@@ -288,6 +308,11 @@ class TorchExecutor:
         scores += prompt_logprobs(self._model.logits(hidden[: len(following)]), following, num_top)
 
 
-def _needs_history(row: Row) -> bool:
-    sampling = row.request.sampling
-    return sampling.has_penalties or sampling.min_tokens > 0
+def verified(item: WorkItem, sampled: Sequence[Sampled]) -> list[Sampled]:
+    """Of what was sampled behind the last committed token and behind each draft, that which holds: at least one token."""
+    found, at, parents = [sampled[0]], -1, parents_of(item)
+    while True:
+        at = next((i for i, p in enumerate(parents) if p == at and item.drafts[i] == found[-1].token_id), -1)
+        if at < 0 or sampled[at + 1].error is not None:
+            return found
+        found.append(sampled[at + 1])

@@ -92,6 +92,11 @@ class HFTokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's text and its id."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end token that `tokenizer_config.json` names, if any."""
         token = self._config.get("eos_token")

@@ -18,7 +18,7 @@ from llmlab.types import WorkItem
 def fill(offers: Iterable[WorkItem], budget: int, seats: int) -> list[WorkItem]:
     """Offers in order, the last one cut to what is left of `budget` tokens; at most `seats` of them."""
     taken: list[WorkItem] = []
-    for offer in offers:
+    for offer in slimmed(offers, budget):
         if budget <= 0 or len(taken) >= seats:
             break
         item = offer.shortened(budget)
@@ -27,9 +27,22 @@ def fill(offers: Iterable[WorkItem], budget: int, seats: int) -> list[WorkItem]:
     return taken
 
 
+def slimmed(offers: Iterable[WorkItem], budget: int) -> Iterable[WorkItem]:
+    """The offers, their drafts cut evenly where all of them together would push requests out of `budget`."""
+    offers = list(offers)
+    drafting = [o for o in offers if o.drafts]
+    room = budget - sum(o.num_committed for o in offers if o.num_committed == 1)
+    if sum(len(o.drafts) for o in drafting) <= room:
+        return offers
+    level = 0
+    while sum(min(len(o.drafts), level + 1) for o in drafting) <= room:
+        level += 1
+    return [o.shortened(o.num_committed + min(level, len(o.drafts))) for o in offers]
+
+
 def split(offers: Sequence[WorkItem]) -> tuple[list[WorkItem], list[WorkItem]]:
-    """Offers of one token (decodes) and longer ones (prompts, or what is left of them)."""
-    return [o for o in offers if o.num_tokens == 1], [o for o in offers if o.num_tokens > 1]
+    """Offers of one token and its drafts (decodes) and longer ones (prompts, or what is left of them)."""
+    return [o for o in offers if o.num_committed == 1], [o for o in offers if o.num_committed > 1]
 
 
 class Chunked:

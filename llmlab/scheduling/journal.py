@@ -15,8 +15,8 @@ from llmlab.events.state import request_fingerprint
 from llmlab.events.why import count
 from llmlab.memory.kv_manager import KVManager, Shortage
 from llmlab.scheduling.seamcalls import Considered, Seam
-from llmlab.seams import CostModel, Limits, Need, Offers, Placed, RequestView, TierOption
-from llmlab.types import Cost, Request, Sequence, Span, Status, StepPlan, StepResult, WorkItem, total_tokens
+from llmlab.seams import CostModel, DraftLengths, Limits, Need, Offers, Placed, RequestView, TierOption
+from llmlab.types import Commit, Cost, Request, Sequence, Span, Status, StepPlan, StepResult, WorkItem, total_tokens
 
 FINISHED = Status.FINISHED  # looking a member up in its Enum costs as much as a call
 
@@ -31,6 +31,7 @@ class Journal:
         self._cost = cost
         self.limits = limits
         self._keep = num_alternatives
+        self._drafting = ""
 
     # ------------------------------------------------------------------------------- the queue
     def wait(self, seq: Sequence, reason: str, detail: str) -> None:
@@ -100,6 +101,40 @@ class Journal:
             reason="; ".join(filter(None, (rate, placed.reason))), num_candidates=len(placed.considered),
             predicted=Cost(chosen.seconds) if chosen is not None else None,
         )  # fmt: skip
+
+    # --------------------------------------------------------------------------------- drafting
+    def drafting(self, seam: Seam[Any], items: AbstractSequence[WorkItem], answer: DraftLengths) -> None:
+        """A Decision, if lengths were weighed, or are others than the last time."""
+        lengths, considered = answer.lengths, self.considered.take()
+        same = len(set(lengths)) == 1
+        chosen = f"k={lengths[0]}" if same else " ".join(f"{i.request}:{k}" for i, k in zip(items, lengths))
+        if chosen == self._drafting and not answer.options:
+            return
+        self._drafting = chosen
+        if not self.log.wants(ev.Decision):
+            return
+        options = [o for o in answer.options if not same or o[0] != lengths[0]]
+        best = sorted(options, key=lambda o: (o[1], o[0]))[: self._keep]
+        said = next((f"; {s * 1e6:.3g} us a token expected" for k, s in answer.options if same and k == lengths[0]), "")
+        self.log.emit(
+            ev.Decision, seam=seam.name, policy=seam.policy_name, chosen=chosen, reason=answer.reason + said,
+            num_candidates=max(1, len(answer.options)),
+            alternatives=(*(ev.Alternative(f"k={k}", s, why_not="more seconds a token" if same else "") for k, s in best),
+                          *considered),
+        )  # fmt: skip
+
+    def drafted(self, seq: Sequence, commit: Commit, source: str, cause: int) -> None:
+        if self.log.wants(ev.Drafted):
+            self.log.emit(ev.Drafted, seq.id, cause, token_ids=commit.drafts, parents=commit.parents, source=source)
+
+    def verified(self, item: WorkItem, path: AbstractSequence[int], accepted: AbstractSequence[int], source: str, cause: int
+                 ) -> None:  # fmt: skip
+        """`path`: which drafts of `item` are among the `accepted` tokens."""
+        if self.log.wants(ev.Verified):
+            lost = [token for index, token in enumerate(item.drafts) if index not in path]
+            bonus = accepted[len(path)] if len(accepted) > len(path) else None
+            self.log.emit(ev.Verified, item.request, cause, accepted=tuple(accepted[: len(path)]), rejected=tuple(lost),
+                          bonus=bonus, source=source)  # fmt: skip
 
     # -------------------------------------------------------------------------------- shortage
     def shortage(self, needy: Sequence, shortage: Shortage, running: AbstractSequence[Sequence]) -> int:

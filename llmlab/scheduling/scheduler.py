@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from llmlab.config import SEAM_FIELDS
+from llmlab.decoding.speculative import accepted_path, depths
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.events.spans import SpanLog
+from llmlab.events.state import computed_after
 from llmlab.events.why import count
 from llmlab.memory.kv_manager import KVManager, Reserved, Shortage
 from llmlab.registry import policy_name
@@ -33,6 +35,7 @@ from llmlab.scheduling.seamcalls import (
     checked_home,
     checked_items,
     checked_key,
+    checked_lengths,
     checked_mode,
     checked_offer,
     checked_places,
@@ -44,6 +47,8 @@ from llmlab.seams import (
     Composer,
     CostModel,
     DecodingMethod,
+    DraftOutlook,
+    DraftPolicy,
     EngineView,
     Limits,
     Need,
@@ -61,6 +66,7 @@ from llmlab.seams import (
 )  # fmt: skip
 from llmlab.types import (
     QUEUED,
+    Commit,
     ConfigError,
     FinishReason,
     Home,
@@ -76,6 +82,7 @@ from llmlab.types import (
     total_tokens,
 )  # fmt: skip
 
+ACCEPTANCE_WEIGHT = 0.2  # of the newest verification in a request's moving average
 # Looking a member up in its Enum costs as much as a call, and these are needed for every request in every step.
 RUNNING, FINISHED = Status.RUNNING, Status.FINISHED
 
@@ -91,6 +98,15 @@ class Policies(NamedTuple):
     tiering: Seam[Tiering]
     decoding: Seam[DecodingMethod]
     stop_rule: StopRule
+    drafting: Drafting | None = None
+
+
+class Drafting(NamedTuple):
+    """How many drafts to propose: the policy, and what it is told. `source` is the name of what proposes them."""
+
+    seam: Seam[DraftPolicy]
+    outlook: DraftOutlook
+    source: str
 
 
 class InFlight(msgspec.Struct, frozen=True, gc=False):
@@ -247,7 +263,8 @@ class Scheduler:
         running = tuple([offer if request.home == "device" else msgspec.structs.replace(offer, home="cpu")
                          for request in view.running if (offer := work(request)) is not None])  # fmt: skip
         waiting = self._admit(view) if let_in else ()
-        return self._reserve(view, self._compose(view, Offers(running, waiting)))
+        items = self._compose(view, Offers(running, waiting))
+        return self._reserve(view, items if self.policies.drafting is None else self._ask_drafts(view, items))
 
     def _guarded_work(self, request: RequestView) -> WorkItem | None:
         return self.policies.decoding.ask(lambda p: p.work(request), lambda offer: checked_offer(offer, request))
@@ -265,7 +282,7 @@ class Scheduler:
             if item.halfway and item.layers is not None:
                 seq.cursor = item.layers[1]
             else:
-                seq.num_computed_tokens, seq.cursor = item.tokens[1], 0
+                seq.num_computed_tokens, seq.cursor = computed_after(item, seq.num_computed_tokens), 0
             seq.inflight_step = plan.step
             seq.num_pending += item.emit == "sample"
             self.hash.touch(seq)
@@ -286,6 +303,9 @@ class Scheduler:
                  for name, value in changes.items()}  # fmt: skip
         self.log.emit(ev.Reconfigured, now=now, changes=shown)
         self.memory.pool.choose = made.pop("eviction", self.memory.pool.choose)
+        drafting, lengths = self.policies.drafting, made.pop("draft_policy", None)
+        if drafting is not None and lengths is not None:
+            made["drafting"] = drafting._replace(seam=lengths)
         self.adopt(self.policies._replace(**made), now)
         limits = {name: changes[name] for name in ("max_num_batched_tokens", "max_num_seqs") if name in changes}
         if blocks is not None:
@@ -436,6 +456,8 @@ class Scheduler:
         seq = self.sequences[item.request]
         home = seq.home if seq.status is RUNNING else item.home
         device = item.device if home == "cpu" and self._viewer.cpu else "device"
+        if item.drafts and (home == "cpu" or not seq.drafts):  # it moved, and left them behind
+            item = item.shortened(item.num_committed)
         layers, emit = item.layers, item.emit
         if layers is not None and not (device == "cpu" and item.num_tokens == 1 and self._follows(layers, seq, emit)):
             layers, emit = None, "sample" if item.tokens[1] == seq.num_tokens else "none"
@@ -453,8 +475,9 @@ class Scheduler:
     def _rehome(self, move: Rehome) -> None:
         """Move a running request's KV to the other tier, unless that is full. A token that is half-way starts afresh."""
         seq = self.running[move.request]
-        if move.home == seq.home or not self._viewer.cpu or seq.device_bound:
+        if move.home == seq.home or not self._viewer.cpu or seq.device_bound or self._being_verified(seq):
             return
+        self._forget_drafts(seq, seq.cause)
         if move.home == "cpu":
             if not self.memory.can_swap_out(seq):
                 return
@@ -489,6 +512,25 @@ class Scheduler:
                 self._journal.wait(self.sequences[offer.request], "composer", f"{self.policies.composer.policy_name} gave "
                                    f"this step to others ({tokens} of {self.limits.max_num_batched_tokens} tokens)")  # fmt: skip
 
+    # ----------------------------------------------------------------------------------- drafting
+    def _ask_drafts(self, view: EngineView, items: AbstractSequence[WorkItem]) -> AbstractSequence[WorkItem]:
+        """The items, those that sample with the number of drafts to propose behind them."""
+        drafting = self.policies.drafting
+        wanting = [item for item in items if item.emit == "sample" and item.numerics == "fast" and item.home == "device"]
+        if drafting is None or not wanting:
+            return items
+        seam, outlook = drafting.seam, drafting.outlook
+        answer = seam.ask(lambda p: p.lengths(view, wanting, outlook), lambda a: checked_lengths(a, wanting, outlook.longest))
+        self._journal.drafting(seam, wanting, answer)
+        lengths = {item.request: self._room_for(item, k) for item, k in zip(wanting, answer.lengths, strict=True)}
+        return [msgspec.structs.replace(item, propose=lengths[item.request]) if lengths.get(item.request) else item
+                for item in items]  # fmt: skip
+
+    def _room_for(self, item: WorkItem, k: int) -> int:
+        """No more drafts than the request has tokens left, even if only one of those being verified holds."""
+        longest = self.sequences[item.request].request.max_total_tokens
+        return max(0, min(k, longest - item.tokens[1] - 1))
+
     # -------------------------------------------------------------------------------- reservation
     def _reserve(self, view: EngineView, items: AbstractSequence[WorkItem]) -> list[InFlight]:
         """Memory for the items, in their order; whoever finds none preempts, waits or stays queued."""
@@ -505,12 +547,14 @@ class Scheduler:
     def _grow(self, view: EngineView, seq: Sequence, item: WorkItem, planned: dict[str, InFlight]) -> None:
         while seq.status is RUNNING:
             on_device = seq.home == "device"
-            got = self.memory.grow(seq, item.tokens[1], seq.cause) if on_device else self.memory.grow_on_host(seq, item.tokens[1])
+            got = self.memory.grow(seq, item.reach, seq.cause) if on_device else self.memory.grow_on_host(seq, item.tokens[1])
             if isinstance(got, Reserved):
                 self._short.pop(item.request, None)
                 planned[item.request] = InFlight(seq, item, seq.epoch)
                 return
-            if not self._make_room(view, seq, got, planned):
+            if item.propose or (item.drafts and item.kv_write == "append"):  # nobody is preempted for a guess
+                item = msgspec.structs.replace(item.shortened(item.num_committed), propose=0)
+            elif not self._make_room(view, seq, got, planned):
                 if seq.status is RUNNING:
                     self._short[seq.id] = None
                 return
@@ -544,6 +588,7 @@ class Scheduler:
         return candidates[order[0]], decision
 
     def _preempt(self, view: EngineView, victim: Sequence, needy: Sequence, cause: int) -> None:
+        self._forget_drafts(victim, cause)
         mode = self._choose_tier(view, victim, cause)
         until = self._inflight_step(victim)
         self._journal.preempted(victim, mode, needy.id, cause)
@@ -562,14 +607,36 @@ class Scheduler:
         self._stop_running(victim)
         self._enqueue(victim, view.now)
 
+    def _forget_drafts(self, seq: Sequence, cause: int) -> None:
+        """Drafts do not outlive a request's stay on the device; of their KV nothing is kept."""
+        seq.drafts = seq.draft_parents = ()
+        if not seq.num_pending:
+            self._cut_back(seq, len(seq.token_ids) - 1, cause)
+
+    def _being_verified(self, seq: Sequence) -> bool:
+        """Whether a step in flight computes drafts of it."""
+        return bool(seq.num_pending) and seq.num_computed_tokens > len(seq.token_ids) + seq.num_pending - 1
+
+    def _cut_back(self, seq: Sequence, num_tokens: int, cause: int) -> None:
+        """Keep the KV of `num_tokens` tokens at most, and blocks for the tokens and drafts that are known."""
+        wasted = seq.num_computed_tokens - num_tokens
+        if wasted <= 0:
+            return
+        seq.num_computed_tokens = num_tokens
+        self.log.emit(ev.RolledBack, seq.id, cause, num_computed_tokens=num_tokens, tokens_wasted=wasted)
+        self.memory.truncate(seq, len(seq.token_ids) + len(seq.drafts), cause, self._inflight_step(seq))
+
     def _choose_tier(self, view: EngineView, victim: Sequence, cause: int) -> str:
         seam = self.policies.tiering
         num_blocks = self.memory.num_blocks_of(victim.id)
         both_ways = self._cost.swap(2 * num_blocks)
-        room = self.memory.can_swap_out(victim) and victim.num_computed_tokens > 0 and victim.home == "device"
+        guessing = self._being_verified(victim)
+        room = (self.memory.can_swap_out(victim) and victim.num_computed_tokens > 0 and victim.home == "device"
+                and not guessing)  # fmt: skip
+        why_not = "its drafts are being verified" if guessing else f"{self.memory.host.num_free} host blocks are free"
         options = (
             TierOption("recompute", self._journal.cost_of_recompute(victim.id, victim.num_computed_tokens), True),
-            TierOption("swap", both_ways, room, "" if room else f"{self.memory.host.num_free} host blocks are free"),
+            TierOption("swap", both_ways, room, "" if room else why_not),
         )
         feasible = [o.mode for o in options if o.feasible]
         request = self._viewer.request(victim)
@@ -603,8 +670,11 @@ class Scheduler:
             seq.cause = self.log.emit(ev.RequestAdmitted, seq.id, ordering, num_cached_tokens=start,
                                       num_tokens=seq.num_tokens, attempt=seq.num_preemptions,
                                       source=got.source, home=seq.home)  # fmt: skip
-        whole = WorkItem(seq.id, Span(start, seq.num_tokens), item.layers, item.device, item.home, item.lane)
-        planned[seq.id] = InFlight(seq, self._settled(whole.shortened(got.stop - start)), seq.epoch)
+        whole = msgspec.structs.replace(item, tokens=Span(start, seq.num_tokens), emit="sample")
+        started = self._settled(whole.shortened(got.stop - start))
+        if started.propose and isinstance(self.memory.grow(seq, started.reach, seq.cause), Shortage):
+            started = msgspec.structs.replace(started, propose=0)
+        planned[seq.id] = InFlight(seq, started, seq.epoch)
         self.hash.touch(seq)
 
     def _start_memory(self, seq: Sequence, item: WorkItem) -> Reserved | Shortage:
@@ -653,17 +723,17 @@ class Scheduler:
         if result.error is not None:
             self._finish(seq, "error", result.error)
             return Update(seq.id, (), result, "error")
+        if item.emit == "sample":
+            return self._append(flight, result, plan)
         if flight.epoch == seq.epoch and seq.home == item.home == "device":
             self.memory.commit(seq, item.tokens[1])
-        if item.emit != "sample":
-            return Update(seq.id, (), result) if result.prompt_logprobs else None
-        return self._append(seq, result, plan)
+        return Update(seq.id, (), result) if result.prompt_logprobs else None
 
-    def _append(self, seq: Sequence, result: ItemResult, plan: int) -> Update:
-        policies, request, log = self.policies, seq.request, self.log
-        decoding = policies.decoding
-        commit = (decoding.policy.accept(request, result) if decoding.trusted
-                  else decoding.ask(lambda p: p.accept(request, result), checked_commit, plan))  # fmt: skip
+    def _append(self, flight: InFlight, result: ItemResult, plan: int) -> Update:
+        policies, log, seq, item = self.policies, self.log, flight.seq, flight.item
+        decoding, request = policies.decoding, seq.request
+        commit = (decoding.policy.accept(request, seq.drafts, item, result) if decoding.trusted
+                  else decoding.ask(lambda p: p.accept(request, seq.drafts, item, result), checked_commit, plan))  # fmt: skip
         accepted = commit.token_ids
         num_outputs, reason = len(seq.token_ids) - seq.num_prompt_tokens, None
         for index, token in enumerate(accepted, 1):
@@ -671,15 +741,48 @@ class Scheduler:
             if reason is not None:
                 accepted = accepted[:index]
                 break
+        seq.token_ids.extend(accepted)
+        if item.drafts or result.draft_error is not None:
+            self._learn(seq, item, accepted, result, plan)
+        if flight.epoch == seq.epoch:
+            self._keep(flight, commit, plan)
         if not accepted:
             return Update(request.id, (), result)
         if not num_outputs:
             log.emit(ev.FirstToken, request.id, plan)
-        seq.token_ids.extend(accepted)
         log.emit_tokens(request.id, plan, accepted)
         if reason is not None:
             self._finish(seq, reason)
         return Update(request.id, accepted, result, reason)
+
+    @property
+    def _draft_source(self) -> str:
+        return self.policies.drafting.source if self.policies.drafting is not None else self.policies.decoding.policy_name
+
+    def _keep(self, flight: InFlight, commit: Commit, plan: int) -> None:
+        """What stays of the KV that an item wrote, and what is proposed from now on."""
+        seq, item = flight.seq, flight.item
+        kept = min(item.tokens[1] if commit.truncate_to is None else commit.truncate_to,
+                   len(seq.token_ids) - 1 + len(commit.drafts))  # fmt: skip
+        seq.drafts, seq.draft_parents = commit.drafts, commit.parents
+        if commit.final and seq.home == item.home == "device":
+            self.memory.commit(seq, min(kept, len(seq.token_ids) - 1))
+        if item.drafts or commit.truncate_to is not None:
+            self._cut_back(seq, kept, plan)
+        if commit.drafts:
+            self._journal.drafted(seq, commit, self._draft_source, plan)
+
+    def _learn(self, seq: Sequence, item: WorkItem, accepted: AbstractSequence[int], result: ItemResult, plan: int) -> None:
+        """How good the drafts were, and whether their source failed."""
+        if item.drafts:
+            path = accepted_path(item, accepted)
+            tried, before = min(max(depths(item)), len(path) + 1), seq.acceptance  # drafts behind a wrong one tell nothing
+            share = len(path) / tried
+            seq.acceptance = share if before is None else before + ACCEPTANCE_WEIGHT * (share - before)
+            self._journal.verified(item, path, accepted, self._draft_source, plan)
+        if result.draft_error is not None:
+            self.log.emit(ev.PolicyFailed, seq.id, plan, seam="drafts", policy=self._draft_source, error=result.draft_error,
+                          fallback="no drafts")  # fmt: skip
 
     # --------------------------------------------------------------------------- views and checks
     def problems(self) -> list[str]:

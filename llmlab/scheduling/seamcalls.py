@@ -16,7 +16,19 @@ from msgspec.structs import replace
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.registry import policy_name
-from llmlab.seams import Admit, EngineView, Limits, Offers, Placed, Rehome, RequestView, RoutingView, Wait, Where
+from llmlab.seams import (
+    Admit,
+    DraftLengths,
+    EngineView,
+    Limits,
+    Offers,
+    Placed,
+    Rehome,
+    RequestView,
+    RoutingView,
+    Wait,
+    Where,
+)  # fmt: skip
 from llmlab.types import Commit, ConfigError, Cost, Home, PolicyError, WorkItem
 
 _LARGEST = 2**63  # integers from here on fit into no log
@@ -178,16 +190,28 @@ def checked_offer(offer: WorkItem | None, request: RequestView) -> WorkItem | No
         return None
     if not isinstance(offer, WorkItem) or offer.request != request.id:
         raise PolicyError("work", offer, f"is not a WorkItem of {request.id}")
-    start, stop = offer.tokens
-    if start != request.num_computed_tokens or not start < stop <= request.num_tokens:
-        raise PolicyError("work", (start, stop), f"must begin at {request.num_computed_tokens} and end at most at "
-                          f"{request.num_tokens}")  # fmt: skip
+    (start, stop), longest = offer.tokens, request.num_tokens + len(request.drafts)
+    if len(offer.drafts) > len(request.drafts) or not all(token in request.drafts for token in offer.drafts):
+        raise PolicyError("work", offer.drafts, f"are not drafts of {request.id}, which are {request.drafts}")
+    early = offer.kv_write == "overwrite" and 0 <= start < request.num_computed_tokens
+    if not (start == request.num_computed_tokens or early) or not start < stop <= longest or offer.num_committed < 1:
+        raise PolicyError("work", (start, stop), f"must begin at {request.num_computed_tokens} and end at most at {longest}")
     return offer
 
 
 def checked_commit(answer: Commit) -> Commit:
-    if not isinstance(answer, Commit) or not all(isinstance(t, int) and t >= 0 for t in answer.token_ids):
+    if not isinstance(answer, Commit) or not all(isinstance(t, int) and t >= 0 for t in (*answer.token_ids, *answer.drafts)):
         raise PolicyError("accept", answer, "must be Commit(token_ids) with token ids")
+    return answer
+
+
+def checked_lengths(answer: DraftLengths, items: Sequence[WorkItem], longest: int) -> DraftLengths:
+    """One length per item, between 0 and what the configuration allows."""
+    if not isinstance(answer, DraftLengths) or len(answer.lengths) != len(items):
+        raise PolicyError("lengths", answer, f"must be DraftLengths with one length for each of {len(items)} items")
+    for k in answer.lengths:
+        if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k <= longest:
+            raise PolicyError("lengths", k, f"must be an integer from 0 to num_speculative_tokens={longest}")
     return answer
 
 

@@ -45,7 +45,7 @@ class Viewer:
             len(seq.token_ids) + seq.num_pending, seq.num_computed_tokens,
             seq.num_cached_tokens if num_cached_tokens is None else num_cached_tokens,
             self._memory.num_blocks_of(request.id), seq.num_preemptions, request, seq.home, seq.cursor,
-            self._memory.num_host_blocks_of(request.id),
+            self._memory.num_host_blocks_of(request.id), seq.num_pending, seq.drafts, seq.draft_parents, seq.acceptance,
         )  # fmt: skip
 
     def after_admission(self, view: EngineView, seq: Sequence, taken: int, home: Home = "device") -> EngineView:

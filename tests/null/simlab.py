@@ -13,6 +13,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from llmlab.decoding.speculative import accepted_path
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.events.state import LabState
@@ -56,7 +57,7 @@ class GhostExecutor:
         for row in batch.rows:
             self._pass_layers(row)
             if row.item.emit == "sample":
-                self._known(row.request).append(self._source.token(row.request, row.item.tokens.stop))
+                self._sample(row)
         return self._inner.submit(batch)
 
     def describe(self) -> dict[str, Any]:
@@ -80,12 +81,22 @@ class GhostExecutor:
     def _known(self, request: Request) -> list[int]:
         return self._tokens.setdefault(request.id, list(request.prompt_token_ids))
 
+    def _sample(self, row: Row) -> None:
+        """Behind the last committed token comes what the source says, as long as the drafts say the same."""
+        known = self._known(row.request)
+        at = row.item.tokens.stop - len(row.item.drafts)
+        del known[at:]
+        known.append(self._source.token(row.request, at))
+        while len(accepted_path(row.item, known[at:])) == len(known) - at:
+            known.append(self._source.token(row.request, len(known)))
+
     def _slot(self, row: Row, position: int) -> tuple[int, int]:
         return row.block_ids[position // self._size], position % self._size
 
     def _fingerprints(self, row: Row) -> list[int]:
         found, value = [], 1
-        for token in self._known(row.request)[: row.item.tokens.stop]:
+        committed = row.item.tokens.stop - len(row.item.drafts)
+        for token in [*self._known(row.request)[:committed], *row.item.drafts]:
             value = hash((value, token)) or 1
             found.append(value)
         return found
@@ -109,6 +120,7 @@ class GhostExecutor:
 
     def _write(self, row: Row, written: set[tuple[str, int, int]]) -> None:
         start, stop = row.item.tokens
+        assert len(row.block_ids) * self._size >= row.item.reach, f"{row.request.id} has no blocks for its drafts"
         prints = self._fingerprints(row)
         assert len(prints) == stop, f"{row.request.id} computes up to {stop}, but has {len(prints)} tokens"
         for position in range(start, stop):
@@ -159,7 +171,8 @@ class Watch:
             assert (told.status, told.num_computed_tokens) == (seq.status, seq.num_computed_tokens), name
             assert (told.home, told.cursor) == (seq.home, seq.cursor), name
             assert told.output_token_ids == seq.output_token_ids, name
-            assert 0 <= seq.num_computed_tokens <= seq.num_tokens
+            drafts = max(len(seq.drafts), self.engine.config.num_speculative_tokens if seq.num_pending else 0)
+            assert 0 <= seq.num_computed_tokens <= seq.num_tokens + drafts
             if self.engine.log.level >= 3:
                 table = scheduler.memory.tables.get(name)
                 assert told.block_ids == (table.block_ids if table else []), name

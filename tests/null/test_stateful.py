@@ -16,8 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from simlab import Restless, WaitingFirst, Watch, expected_tokens, run_to_end, sim_engine, specs
 
 from llmlab.assembly import REGISTRIES
+from llmlab.decoding.draft_lengths import DRAFT_POLICIES
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
+from llmlab.speculating import Simulated
 from llmlab.types import RequestError, SamplingParams
 
 SEAMS = ("ordering", "admission", "composer", "victim", "eviction", "tiering")
@@ -39,6 +41,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "view_cap": draw(st.sampled_from([1, 2, 64])),
         "num_alternatives": draw(st.sampled_from([0, 1, 4])),
         "log_level": draw(st.sampled_from([2, 3, 3])),
+        "speculation": draw(st.sampled_from([None, Simulated((0.9, 0.6)), Simulated((0.3,)), "ngram"])),
+        "num_speculative_tokens": draw(st.integers(1, 6)), "draft_policy": draw(st.sampled_from(DRAFT_POLICIES.names())),
     }
     return fields
 

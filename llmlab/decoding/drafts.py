@@ -1,0 +1,190 @@
+"""Draft sources that need no model (seam E): what a text repeats of itself, or of others, and scripts for tests.
+
+A source is asked once per step for all requests together (`seams.DraftSource`). Models as sources: `draft_model`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from llmlab import rng
+from llmlab.registry import Registry
+from llmlab.seams import DraftContext, DraftSource, Proposal
+from llmlab.types import ConfigError, Request
+
+if TYPE_CHECKING:
+    from llmlab.models.loader import LoadedModel
+
+REMEMBERED = 4096  # requests whose index a source keeps
+
+
+class DraftSetup(NamedTuple):
+    """What a source is made from: the target (None in the simulator) and the KV pool whose block ids it shares."""
+
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    seed: int
+    target: LoadedModel | None = None
+    kv_layers: Sequence[object] = ()
+
+
+# ------------------------------------------------------------------------------- one text repeats itself
+class _Index:
+    """Where each n-gram of one text last occurred, up to but not including its end."""
+
+    def __init__(self) -> None:
+        self.after: dict[tuple[int, ...], int] = {}
+        self.num_tokens = 0
+
+    def extend(self, tokens: Sequence[int], shortest: int, longest: int) -> None:
+        for end in range(max(1, self.num_tokens), len(tokens)):  # tokens[end] follows the n-grams that end before it
+            for n in range(shortest, min(longest, end) + 1):
+                self.after[tuple(tokens[end - n : end])] = end
+        self.num_tokens = len(tokens)
+
+
+class NGram:
+    """What followed the last `longest` (or fewer) tokens when they stood in the same text before: prompt lookup."""
+
+    name = "ngram"
+
+    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
+        if not 1 <= shortest <= longest:
+            raise ConfigError("shortest", shortest, f"must lie between 1 and longest={longest}")
+        self._longest, self._shortest = longest, shortest
+        self._texts: OrderedDict[str, _Index] = OrderedDict()
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
+        return [Proposal(self._next(c)) if c.k else Proposal() for c in contexts]
+
+    def _next(self, context: DraftContext) -> tuple[int, ...]:
+        tokens, name = context.token_ids, context.request.id
+        index = self._texts.setdefault(name, _Index())
+        self._texts.move_to_end(name)
+        while len(self._texts) > REMEMBERED:
+            self._texts.popitem(last=False)
+        index.extend(tokens, self._shortest, self._longest)
+        for n in range(min(self._longest, len(tokens)), self._shortest - 1, -1):
+            at = index.after.get(tuple(tokens[len(tokens) - n :]))
+            if at is not None:
+                return _copied(tokens, at, context.k)
+        return ()
+
+
+def _copied(tokens: Sequence[int], at: int, k: int) -> tuple[int, ...]:
+    """`k` tokens from position `at` on; behind the end of the text its repetition goes on."""
+    drafts = list(tokens[at : at + k])
+    while len(drafts) < k:
+        drafts.append(drafts[len(drafts) - (len(tokens) - at)])
+    return tuple(drafts)
+
+
+# -------------------------------------------------------------------------------- texts repeat each other
+class Suffix:
+    """What most often followed the longest ending of this text that occurs anywhere: in itself, in the other requests of
+    the batch, or in those that ended. One suffix automaton over all (Blumer et al. 1985), grown token by token."""
+
+    name = "suffix"
+
+    def __init__(self, shortest: int = 2, max_states: int = 1 << 18) -> None:
+        self._shortest, self._max_states = shortest, max_states
+        self._clear()
+
+    def _clear(self) -> None:
+        self._next: list[dict[int, int]] = [{}]
+        self._link, self._length, self._visits = [-1], [0], [0]
+        self._ends: dict[str, tuple[int, int]] = {}  # request -> (state of its whole text, tokens of it)
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
+        if len(self._next) > self._max_states:
+            self._clear()
+        for context in contexts:
+            self._read(context)
+        return [Proposal(self._walk(self._ends[c.request.id][0], c.k)) if c.k else Proposal() for c in contexts]
+
+    def _read(self, context: DraftContext) -> None:
+        tokens, name = context.token_ids, context.request.id
+        state, known = self._ends.get(name, (0, 0))
+        for token in tokens[known:]:
+            state = self._extend(state, token)
+            above = self._link[state]
+            for _ in range(8):  # the endings that are long enough to matter
+                if above <= 0:
+                    break
+                self._visits[above] += 1
+                above = self._link[above]
+        self._ends[name] = state, len(tokens)
+
+    def _walk(self, state: int, k: int) -> tuple[int, ...]:
+        while state > 0 and not self._next[state]:
+            state = self._link[state]
+        if state <= 0 or self._length[state] < self._shortest:
+            return ()
+        drafts: list[int] = []
+        while len(drafts) < k and self._next[state]:
+            visits = self._visits
+            token, state = max(self._next[state].items(), key=lambda arc: (visits[arc[1]], arc[1]))
+            drafts.append(token)
+        return tuple(drafts)
+
+    def _extend(self, last: int, token: int) -> int:
+        """The state of the text of `last` followed by `token`."""
+        there = self._next[last].get(token)
+        if there is not None:
+            return there if self._length[there] == self._length[last] + 1 else self._split(last, there, token)
+        new = self._add({}, self._length[last] + 1)
+        at = last
+        while at != -1 and token not in self._next[at]:
+            self._next[at][token] = new
+            at = self._link[at]
+        if at == -1:
+            self._link[new] = 0
+            return new
+        there = self._next[at][token]
+        self._link[new] = there if self._length[there] == self._length[at] + 1 else self._split(at, there, token)
+        return new
+
+    def _add(self, arcs: dict[int, int], length: int) -> int:
+        self._next.append(arcs)
+        self._link.append(0)
+        self._length.append(length)
+        self._visits.append(0)
+        return len(self._next) - 1
+
+    def _split(self, at: int, there: int, token: int) -> int:
+        """A state for the shorter strings of `there`, those that end in the text of `at` and `token`."""
+        clone = self._add(dict(self._next[there]), self._length[at] + 1)
+        self._link[clone], self._visits[clone] = self._link[there], self._visits[there]
+        self._link[there] = clone
+        while at != -1 and self._next[at].get(token) == there:
+            self._next[at][token] = clone
+            at = self._link[at]
+        return clone
+
+
+# ----------------------------------------------------------------------------------------- scripts
+class Oracle:
+    """Proposes what `truth(request, position)` says, spoiled at random: draft i of a proposal is right with the
+    probability `acceptance[i]` (the last one also for those behind it). For tests, and for the simulator, which knows the
+    tokens to come; the draws are keyed by (seed, request, position)."""
+
+    name = "oracle"
+
+    def __init__(self, truth: Callable[[Request, int], int], acceptance: Sequence[float], vocab_size: int, seed: int = 0) -> None:
+        self._truth, self._acceptance = truth, tuple(acceptance)
+        self._vocab_size, self._seed = vocab_size, seed
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
+        return [Proposal(tuple([self._draft(c.request, len(c.token_ids), i) for i in range(c.k)])) for c in contexts]
+
+    def _draft(self, request: Request, start: int, i: int) -> int:
+        right = self._acceptance[min(i, len(self._acceptance) - 1)]
+        token = self._truth(request, start + i)
+        spoiled = rng.uniform(self._seed, request.id, start + i, draw=1000 + i) >= right
+        return (token + 1) % self._vocab_size if spoiled else token
+
+
+DRAFT_SOURCES: Registry[DraftSource] = Registry("speculation", {"ngram": lambda setup: NGram(), "suffix": lambda setup: Suffix()})

@@ -1,0 +1,88 @@
+"""Draft and verify (seam E): drafts ride behind the last committed token, and one pass tells which of them hold.
+
+    committed ... t | d0 d1 d2 d3      the item: t and its drafts, all in one span
+                    | a  b  c  x  y    what the model says behind t, d0, d1, d2, d3
+    d0 = a, d1 = b, d2 != c            so a b c are committed, and the KV behind b is cut off
+
+The tokens are those of plain decoding: each is sampled from the same logits with the same random number (keyed by
+request and position), and a draft holds if it is that token. For drafts that are themselves not random this accepts as
+often as rejection sampling does: with the target's probability of the draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from llmlab.seams import RequestView
+from llmlab.types import Commit, ItemResult, Request, Span, WorkItem
+
+
+class Speculative:
+    """Verify what was proposed; without proposals, plain decoding."""
+
+    name = "speculative"
+
+    def work(self, request: RequestView) -> WorkItem | None:
+        room = request.request.max_total_tokens - request.num_tokens
+        if request.num_pending or request.num_new_tokens <= 0 or room <= 0:
+            return None
+        span = Span(request.num_computed_tokens, request.num_tokens + len(request.drafts))
+        mask = "tree" if request.parents else "causal"
+        whole = WorkItem(request.id, span, mask=mask, drafts=request.drafts, parents=request.parents)  # type: ignore[arg-type]
+        return within(whole, room - 1)
+
+    def accept(self, request: Request, proposed: Sequence[int], item: WorkItem, result: ItemResult) -> Commit:
+        kept = item.tokens[1] - len(item.drafts) + len(accepted_path(item, result.token_ids))
+        return Commit(result.token_ids, kept, result.drafts, result.parents)
+
+
+def within(item: WorkItem, levels: int) -> WorkItem:
+    """The item without drafts that lie deeper than `levels` behind the last committed token."""
+    if not item.parents:
+        return item.shortened(item.num_committed + min(len(item.drafts), levels))
+    deep = depths(item)
+    if max(deep) <= levels:
+        return item
+    keep = [i for i, depth in enumerate(deep) if depth <= levels]
+    place = {-1: -1, **{old: new for new, old in enumerate(keep)}}
+    stop = item.tokens[1] - len(item.drafts) + len(keep)
+    return msgspec.structs.replace(
+        item, tokens=Span(item.tokens[0], stop), drafts=tuple([item.drafts[i] for i in keep]),
+        parents=tuple([place[item.parents[i]] for i in keep]), mask="tree" if keep else "causal",
+    )  # fmt: skip
+
+
+def parents_of(item: WorkItem) -> tuple[int, ...]:
+    """The parent of each draft; those of a chain follow one another."""
+    return item.parents or tuple(range(-1, len(item.drafts) - 1))
+
+
+def depths(item: WorkItem) -> list[int]:
+    """How far each draft lies behind the last committed token, from 1 on."""
+    found: list[int] = []
+    for parent in parents_of(item):
+        found.append(1 if parent < 0 else 1 + found[parent])
+    return found
+
+
+def accepted_path(item: WorkItem, token_ids: Sequence[int]) -> list[int]:
+    """Indices of the drafts that hold, from the root on, given the tokens that the item yielded."""
+    path: list[int] = []
+    parents = parents_of(item)
+    for token in token_ids:
+        at = path[-1] if path else -1
+        child = next((i for i, parent in enumerate(parents) if parent == at and item.drafts[i] == token), None)
+        if child is None:
+            break
+        path.append(child)
+    return path
+
+
+def paths(item: WorkItem) -> list[tuple[int, ...]]:
+    """The drafts from the root to each draft, itself included."""
+    found: list[tuple[int, ...]] = []
+    for token, parent in zip(item.drafts, parents_of(item)):
+        found.append((*(found[parent] if parent >= 0 else ()), token))
+    return found

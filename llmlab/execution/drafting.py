@@ -1,0 +1,73 @@
+"""Asking a draft source at the end of a step, for all requests together, and what becomes of wrong answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from llmlab.execution.base import Row
+from llmlab.seams import DraftContext, DraftSource, Proposal
+from llmlab.types import ItemResult, PolicyError
+
+
+class Drafter:
+    """A guarded source. Drafts never change answers, so whatever it does wrong costs its drafts and nothing else."""
+
+    def __init__(self, source: DraftSource, vocab_size: int) -> None:
+        self._source, self._vocab_size = source, vocab_size
+
+    def extend(self, rows: Sequence[Row], results: Sequence[ItemResult], known: Callable[[Row, ItemResult], Sequence[int]]
+               ) -> tuple[ItemResult, ...]:  # fmt: skip
+        """The results, with drafts for the rows that want some. `known`: the tokens of a row's request by now."""
+        if not any(row.item.propose for row in rows):
+            return tuple(results)
+        contexts = {row.request.id: _context(row, result, known(row, result)) for row, result in zip(rows, results, strict=True)
+                    if result.error is None}  # fmt: skip
+        asked = list(contexts.values())
+        try:
+            proposals = self._source.propose(asked)
+            if len(proposals) != len(asked):
+                raise PolicyError("propose", len(proposals), f"must be one proposal for each of {len(asked)} requests")
+        except Exception as error:  # a source of one's own may raise anything: the step goes on
+            return tuple(_failed(result, contexts, f"{type(error).__name__}: {error}") for result in results)
+        answers = dict(zip(contexts, proposals))
+        return tuple(self._with_drafts(r, contexts[r.request].k, answers[r.request]) if r.request in answers else r
+                     for r in results)  # fmt: skip
+
+    def _with_drafts(self, result: ItemResult, k: int, proposal: Proposal) -> ItemResult:
+        try:
+            checked = checked_proposal(proposal, k, self._vocab_size)
+        except PolicyError as error:
+            return msgspec.structs.replace(result, draft_error=str(error))
+        if not checked.token_ids:
+            return result
+        return msgspec.structs.replace(result, drafts=checked.token_ids, parents=checked.parents)
+
+
+def _context(row: Row, result: ItemResult, known: Sequence[int]) -> DraftContext:
+    last = result.token_ids[-1] if result.token_ids else -1
+    over = last in row.request.sampling.stop_token_ids or (
+        last in row.request.eos_token_ids and not row.request.sampling.ignore_eos
+    )
+    return DraftContext(row.request, known, row.block_ids, 0 if over else row.item.propose)
+
+
+def _failed(result: ItemResult, contexts: Mapping[str, DraftContext], error: str) -> ItemResult:
+    wanted = result.request in contexts and contexts[result.request].k > 0
+    return msgspec.structs.replace(result, draft_error=error[:500]) if wanted else result
+
+
+def checked_proposal(proposal: Proposal, k: int, vocab_size: int) -> Proposal:
+    """The proposal as plain integers. Raises PolicyError."""
+    if not isinstance(proposal, Proposal):
+        raise PolicyError("propose", proposal, "is not a Proposal", "Return Proposal(token_ids).")
+    tokens, parents = tuple(int(t) for t in proposal.token_ids), tuple(int(p) for p in proposal.parents)
+    if len(tokens) > k:
+        raise PolicyError("propose", len(tokens), f"drafts are more than the {k} that were asked for")
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise PolicyError("propose", token, f"is outside the vocabulary of {vocab_size} tokens")
+    if parents and (len(parents) != len(tokens) or any(not -1 <= p < i for i, p in enumerate(parents))):
+        raise PolicyError("propose", parents, "must name one earlier draft, or -1, for each draft")
+    return Proposal(tokens, () if parents == tuple(range(-1, len(tokens) - 1)) else parents)

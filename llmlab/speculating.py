@@ -1,0 +1,108 @@
+"""Putting the drafting side of an engine together: the source that its configuration names, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmlab.config import EngineConfig
+from llmlab.decoding.drafts import DRAFT_SOURCES, DraftSetup, Oracle
+from llmlab.execution.cost import RooflineCost, draft_outlook
+from llmlab.registry import policy_name
+from llmlab.seams import CostModel, DraftOutlook, DraftSource
+from llmlab.types import ConfigError, unknown_name
+from roofline import shapes
+from roofline.errors import RooflineError
+from roofline.shapes import Shape
+
+if TYPE_CHECKING:
+    from llmlab.execution.sim_executor import TokenSource
+
+
+class Simulated(NamedTuple):
+    """Drafts for the simulator, which knows the tokens to come: the i-th draft of a proposal holds with the probability
+    `acceptance[i]`, given that those before it do (the last one counts for all behind it). `draft` is the shape whose steps
+    are paid for; None: drafting is free, as with n-grams."""
+
+    acceptance: tuple[float, ...]
+    draft: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"simulated {self.draft or 'drafts'}"
+
+
+class Speculation(NamedTuple):
+    """A draft source, and the sizes of the model that it runs (None: it runs none)."""
+
+    source: DraftSource
+    name: str
+    shape: Shape | None = None
+
+
+def real_speculation(config: EngineConfig, setup: DraftSetup, kernels: str) -> Speculation | None:
+    """What drafts for a model that really runs. Raises ConfigError or ModelError."""
+    choice = config.speculation
+    if choice is None:
+        return None
+    if isinstance(choice, str) and choice not in DRAFT_SOURCES.names():
+        from llmlab.assembly import roofline_shape
+        from llmlab.decoding.draft_model import load_draft
+
+        model = load_draft(choice, setup, kernels)
+        return Speculation(model, model.name, roofline_shape(model.loaded))
+    return Speculation(_source(choice, setup), source_name(choice))
+
+
+def simulated_speculation(config: EngineConfig, setup: DraftSetup, tokens: TokenSource) -> Speculation | None:
+    """What drafts in the simulator. Raises ConfigError."""
+    choice = config.speculation
+    if choice is None:
+        return None
+    if isinstance(choice, str) and choice not in DRAFT_SOURCES.names():
+        raise ConfigError("speculation", choice, "the simulator runs no draft model, so it cannot know what would be accepted",
+                          f"Give it: speculation=llmlab.speculating.Simulated((0.8, 0.7), draft={choice!r}).")  # fmt: skip
+    if not isinstance(choice, Simulated):
+        return Speculation(_source(choice, setup), source_name(choice))
+    check_acceptance(choice.acceptance)
+    source = Oracle(tokens.token, choice.acceptance, setup.vocab_size, setup.seed)
+    return Speculation(source, choice.name, None if choice.draft is None else _shape(choice.draft))
+
+
+def check_acceptance(acceptance: Sequence[float]) -> None:
+    if not acceptance or not all(isinstance(a, (int, float)) and 0 <= a <= 1 for a in acceptance):
+        raise ConfigError("acceptance", acceptance, "must be probabilities, one for each position of a proposal",
+                          "Write (0.8, 0.7): the last one counts for all that follow.")  # fmt: skip
+
+
+def _source(choice: Any, setup: DraftSetup) -> DraftSource:
+    if isinstance(choice, str):
+        return DRAFT_SOURCES.resolve(choice, setup=setup)
+    if isinstance(choice, type) or not callable(getattr(choice, "propose", None)):
+        raise ConfigError("speculation", choice, "has no method propose(contexts)",
+                          f"Give a name ({', '.join(DRAFT_SOURCES.names())}, or a draft model), or an object as described in "
+                          "llmlab.seams.DraftSource.")  # fmt: skip
+    return choice  # type: ignore[no-any-return]
+
+
+def _shape(name: str) -> Shape:
+    try:
+        return shapes.get(name)
+    except RooflineError:
+        raise unknown_name("speculation", name, [*DRAFT_SOURCES.names(), *shapes.names()]) from None
+
+
+def source_name(choice: Any) -> str:
+    """The name that drafts of this choice go by in the log."""
+    return choice if isinstance(choice, str) else policy_name(choice)
+
+
+def draft_cost_of(cost: CostModel, shape: Shape | None, config: EngineConfig) -> CostModel | None:
+    """The cost model of a draft model on the device of the target."""
+    if shape is None or not isinstance(cost, RooflineCost):
+        return None
+    return RooflineCost(shape, cost.name, config.block_size, cost.dtype, cost.host)
+
+
+def outlook_of(cost: CostModel, draft_cost: CostModel | None, config: EngineConfig) -> DraftOutlook:
+    return draft_outlook(cost, draft_cost, config.num_speculative_tokens)

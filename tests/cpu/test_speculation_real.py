@@ -1,0 +1,217 @@
+"""Drafting on the real engine: whatever drafts, however badly, the tokens are those of plain decoding."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_util import VOCAB, Oracle, greedy, serve, tiny_engine, tokens_of, write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llmlab
+from llmlab.decoding.draft_lengths import DRAFT_POLICIES
+from llmlab.decoding.drafts import Oracle as Script
+from llmlab.events import catalog as ev
+from llmlab.runs import Run
+from llmlab.seams import DraftContext, Proposal
+from llmlab.types import ConfigError, SamplingParams
+
+PROMPTS = [[(i * 31 + n * 7) % VOCAB for i in range(n)] for n in (1, 3, 8, 17)] + [[4, 5, 6, 7] * 6, [9, 9, 9, 9, 9]]
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Oracle]:
+    directory = tmp_path_factory.mktemp("tiny")
+    yield Oracle(directory, write_model(directory))
+
+
+def script(oracle: Oracle, acceptance: Sequence[float]) -> Script:
+    """Knows what the model will say, and spoils it at random."""
+    def truth(request: Any, position: int) -> int:
+        return oracle.greedy(request.prompt_token_ids, 16)[min(15, position - request.num_prompt_tokens)]
+
+    return Script(truth, acceptance, VOCAB)
+
+
+def sources(oracle: Oracle) -> dict[str, Any]:
+    return {"ngram": "ngram", "suffix": "suffix", "itself": str(oracle.directory), "script": script(oracle, (0.9, 0.6))}
+
+
+@st.composite
+def rough_rides(draw: st.DrawFn) -> dict[str, Any]:
+    block_size = draw(st.sampled_from([1, 2, 3, 5, 8]))
+    return {
+        "block_size": block_size, "num_blocks": -(-draw(st.integers(44, 90)) // block_size),
+        "max_num_batched_tokens": draw(st.sampled_from([1, 3, 7, 20, 64])), "max_num_seqs": draw(st.integers(1, 8)),
+        "overlap_depth": draw(st.integers(0, 2)), "enable_prefix_caching": draw(st.booleans()),
+        "num_host_blocks": draw(st.sampled_from([None, 0, 10])), "tiering": draw(st.sampled_from(["recompute", "swap"])),
+        "composer": draw(st.sampled_from(["chunked", "prefill_first", "decode_first"])),
+        "num_speculative_tokens": draw(st.integers(1, 5)), "draft_policy": draw(st.sampled_from(DRAFT_POLICIES.names())),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["ngram", "suffix", "itself", "script"])
+@given(fields=rough_rides(), seed=st.integers(0, 2**16))
+@settings(max_examples=10)
+def test_rough_rides_end_at_the_tokens_of_plain_decoding(source: str, fields: dict[str, Any], seed: int, oracle: Oracle) -> None:
+    """Arrivals in between, aborts, preemptions, prefix hits, chunks, and drafts of every source."""
+    rng = random.Random(seed)
+    with tiny_engine(oracle.directory, speculation=sources(oracle)[source], **fields) as engine:
+        for i in range(rng.randint(3, 8)):
+            engine.add_request(rng.choice(PROMPTS), greedy(rng.choice([1, 5, 14]), n=rng.choice([1, 1, 2])), request_id=f"q{i}")
+            for _ in range(rng.randint(0, 4)):
+                engine.step()
+            if rng.random() < 0.2:
+                engine.abort(f"q{rng.randint(0, i)}")
+        serve(engine)
+        specs = {e.spec.id: e.spec for e in engine.log.filter(ev.RequestArrived)}
+        outputs: dict[str, list[int]] = {}
+        for event in engine.log.filter(ev.TokensReleased):
+            outputs.setdefault(event.request, []).extend(event.token_ids)
+        for event in engine.log.filter(ev.RequestFinished):
+            spec, tokens = specs[event.request], outputs.get(event.request, [])
+            assert tokens == oracle.greedy(spec.prompt_token_ids, 14)[: len(tokens)], event
+            assert event.reason == "abort" or len(tokens) == spec.sampling.max_tokens
+        assert not engine.log.filter(ev.PolicyFailed)
+
+
+@pytest.mark.parametrize("source", ["ngram", "suffix", "itself"])
+def test_a_model_that_drafts_for_itself_is_always_right(source: str, oracle: Oracle) -> None:
+    with tiny_engine(oracle.directory, speculation=sources(oracle)[source], num_blocks=200) as engine:
+        names = [engine.add_request(prompt, greedy(16)) for prompt in PROMPTS]
+        done = serve(engine)
+    for name, prompt in zip(names, PROMPTS, strict=True):
+        assert tokens_of(done[name]) == [oracle.greedy(prompt, 16)]
+    metrics = Run.of(engine.log).metrics
+    if source == "itself":
+        assert metrics.acceptance_rate == 1.0 and metrics.wasted_tokens == 0
+    else:
+        assert 0 < metrics.accepted_tokens < metrics.drafted_tokens
+
+
+def test_the_draft_model_reads_a_shared_prompt_once(oracle: Oracle) -> None:
+    """Its KV lies under the same block ids: what the prefix cache finds for the target is there for the draft, too."""
+    fed: list[int] = []
+    with tiny_engine(oracle.directory, speculation=str(oracle.directory), num_blocks=100) as engine:
+        source = engine.executor._drafter._source  # type: ignore[attr-defined]
+        run = source._run
+        source._run = lambda rows, ends, tables: (fed.append(sum(map(len, rows))), run(rows, ends, tables))[1]
+        first, again = ([engine.add_request(PROMPTS[4], greedy(4)), serve(engine), sum(fed), fed.clear()][2] for _ in range(2))
+    assert first >= len(PROMPTS[4]) and again <= first - 16
+
+
+# ------------------------------------------------------------------------------------- more than greedy
+MANY = [
+    SamplingParams(max_tokens=12, temperature=0.8, ignore_eos=True), SamplingParams(max_tokens=12, temperature=1.5, top_p=0.7, seed=3),
+    SamplingParams(max_tokens=12, temperature=0.7, top_k=5, min_p=0.05, n=2),
+    SamplingParams(max_tokens=12, temperature=0.0, logprobs=3, prompt_logprobs=1),
+    SamplingParams(max_tokens=12, temperature=0.0, frequency_penalty=1.0, repetition_penalty=1.3),
+    SamplingParams(max_tokens=12, temperature=0.0, stop_token_ids=(3, 8, 20), min_tokens=5),
+    SamplingParams(max_tokens=12, temperature=0.0, logit_bias={5: 3.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["ngram", "itself", "script"])
+def test_sampled_answers_are_those_of_plain_decoding_token_for_token(source: str, oracle: Oracle) -> None:
+    """Random numbers are keyed by request and position: drafts change neither a token nor a log-probability."""
+    def answers(**fields: Any) -> list[Any]:
+        with tiny_engine(oracle.directory, num_blocks=300, **fields) as engine:
+            names = [engine.add_request(p, s, request_id=f"{i}.{j}") for i, p in enumerate(PROMPTS[2:]) for j, s in enumerate(MANY)]
+            done = serve(engine)
+            assert all(e.accepted for e in engine.log.filter(ev.Verified)[:0]) and not engine.log.filter(ev.PolicyFailed)
+        return [[(o.token_ids, [(t.rank, [r for r, _ in t.top]) for t in o.logprobs or ()], o.finish_reason, o.stop_reason)
+                 for o in done[name].outputs] for name in names]  # fmt: skip
+
+    assert answers(speculation=sources(oracle)[source]) == answers()
+
+
+def test_sampling_accepts_drafts_that_were_sampled_alike(oracle: Oracle) -> None:
+    """A model drafting for itself at temperature 1 draws the same tokens with the same random numbers."""
+    with tiny_engine(oracle.directory, speculation=str(oracle.directory), num_blocks=200) as engine:
+        for prompt in PROMPTS:
+            engine.add_request(prompt, SamplingParams(max_tokens=16, temperature=1.0, ignore_eos=True))
+        serve(engine)
+    assert Run.of(engine.log).metrics.acceptance_rate > 0.95
+
+
+@pytest.mark.parametrize("stop", ["=", "4", "0", "1"])
+def test_stop_strings_end_at_the_same_token(stop: str) -> None:
+    def answer(**fields: Any) -> Any:
+        with llmlab.LLM("lab-s", **fields) as llm:
+            out = llm.generate("12+7*3?", SamplingParams(max_tokens=40, temperature=0.0, stop=stop, logprobs=1))[0].outputs[0]
+        return out.text, out.token_ids, len(out.logprobs), out.finish_reason, out.stop_reason
+
+    assert answer(speculation="lab-xs", num_speculative_tokens=6) == answer()
+
+
+def test_the_shipped_pair_verifies_several_tokens_a_step() -> None:
+    prompts = ["37*46-23*58?", "12+7*3?", "840/24+17*3?"]
+    with llmlab.LLM("lab-s") as plain, llmlab.LLM("lab-s", speculation="lab-xs") as drafting:
+        params = SamplingParams(max_tokens=60, temperature=0.0)
+        assert [o.outputs[0].token_ids for o in plain.generate(prompts, params)] == \
+            [o.outputs[0].token_ids for o in drafting.generate(prompts, params)]  # fmt: skip
+        assert drafting.run.metrics.tokens_per_verification > 2.5
+        assert drafting.run.metrics.num_steps < 0.5 * plain.run.metrics.num_steps
+
+
+# ------------------------------------------------------------------------------------------ what goes wrong
+def test_models_with_other_vocabularies_are_refused_and_the_ids_named(oracle: Oracle, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the ids \d+ to \d+ are known to one of them only"):
+        llmlab.Engine(model="lab-s", speculation=str(oracle.directory))
+    other = tmp_path / "other"
+    shutil.copytree(oracle.directory, other)
+    text = (other / "tokenizer.json").read_text()
+    written = text.replace(f'"{chr(7)}"', '"seven"') if f'"{chr(7)}"' in text else _swapped(text)
+    (other / "tokenizer.json").write_text(written)
+    with pytest.raises(ConfigError, match=r"another vocabulary .* ids differ, such as"):
+        tiny_engine(oracle.directory, speculation=str(other))
+
+
+def _swapped(text: str) -> str:
+    import json
+
+    tokenizer = json.loads(text)
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[5:7]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    return json.dumps(tokenizer)
+
+
+class Wild:
+    """Proposes ids that no vocabulary has, every other time."""
+
+    name = "wild"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
+        self.calls += 1
+        return [Proposal((VOCAB + 5,) if self.calls % 2 else (1,)) if c.k else Proposal() for c in contexts]
+
+
+def test_ids_outside_the_vocabulary_stop_the_drafts_and_not_the_answer(oracle: Oracle) -> None:
+    with tiny_engine(oracle.directory, speculation=Wild()) as engine:
+        name = engine.add_request(PROMPTS[2], greedy(12))
+        assert tokens_of(serve(engine)[name]) == [oracle.greedy(PROMPTS[2], 12)]
+    failed = engine.log.filter(ev.PolicyFailed)
+    assert failed and "outside the vocabulary" in failed[0].error and engine.log.filter(ev.Verified)
+
+
+def test_a_draft_model_keeps_silent_where_its_context_ends(oracle: Oracle, tmp_path: Path) -> None:
+    import json
+
+    short = tmp_path / "short"
+    shutil.copytree(oracle.directory, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
+    with tiny_engine(oracle.directory, speculation=str(short)) as engine:
+        name = engine.add_request(PROMPTS[3], greedy(14))
+        assert tokens_of(serve(engine)[name]) == [oracle.greedy(PROMPTS[3], 14)]
+    assert not engine.log.filter(ev.PolicyFailed)
+    assert len(engine.log.filter(ev.Drafted)) <= 1
