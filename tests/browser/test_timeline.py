@@ -213,7 +213,7 @@ def test_it_fits_and_is_photographed(browser: Any, path: Path, screenshots: Path
 
 
 def test_a_thousand_requests_stay_smooth(browser: Any, tmp_path: Path, screenshots: Path) -> None:
-    opened = Opened(browser, crowded(1000, 4e-3).to_html(tmp_path / "run.html"))
+    opened = Opened(browser, crowded(1000, 6e-4).to_html(tmp_path / "run.html"))
     opened.key("0")
     opened.page.wait_for_timeout(100)
     opened.root.screenshot(path=screenshots / "timeline_thousand.png")

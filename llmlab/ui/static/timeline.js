@@ -68,6 +68,7 @@ const CSS = `
 const LEFT = 46, RIGHT = 10, AXIS = 20;
 const SLOTS = [6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 100, 128, 160, 200, 260, 340, 440, 580, 760, 1000];
 const SECONDS_ON_SCREEN = 30; // a whole run at speed 1
+const LIVE_MS = 45; // between two pictures of a live run, however often its data come
 const [QUEUED, PREFILL, DECODE, PREEMPTED, SWAPPED, RECOMPUTE, HELD] = [0, 1, 2, 3, 4, 5, 6];
 const DOING = ["in the queue", "computing its prompt", "decoding", "preempted", "swapped out", "computing again what was dropped", "running, but in no step"];
 
@@ -234,7 +235,7 @@ function surroundings(element) {
 class View {
   constructor(model, el) {
     this.model = model; this.book = new Book(); this.row = 0; this.follow = true; this.zoom = null;
-    this.hover = null; this.whys = new Map(); this.dirty = true; this.saidStep = null; this.alive = true; this.forks = new Map();
+    this.hover = null; this.drawnAt = 0; this.whys = new Map(); this.dirty = true; this.saidStep = null; this.alive = true; this.forks = new Map();
     this.build(el);
     this.cleanups = [];
     this.wire();
@@ -558,8 +559,9 @@ class View {
   // --------------------------------------------------------------------------------------- every frame
   frame(now) {
     if (this.playing && !this.isLive && this.book.length) this.advance(now);
-    if (!this.dirty || !this.root.clientWidth) return;
-    this.dirty = false;
+    if (!this.dirty || (this.follow && now - this.drawnAt < LIVE_MS)) return;
+    if (!this.root.clientWidth) return;
+    this.dirty = false; this.drawnAt = now;
     const has = !!this.book.meta && (this.book.length > 0 || this.book.byArrival.length > 0);
     this.main.hidden = !has; this.empty.hidden = has;
     if (has) this.draw();
@@ -601,18 +603,29 @@ class View {
     this.drawOver(); this.drawLines(); this.drawStrip(); this.drawWall();
     const m = b.meta, tokens = s.prefill[row] < 0 ? s.decode[row] : s.prefill[row] + s.decode[row];
     const budget = this.budget(s.start[row] ?? 0), full = m.num_blocks && s.used[row] > 0.95 * m.num_blocks;
-    const tile = (name, value, hot = false) => make("div", {}, make("span", {}, name), make("b", { class: hot ? "hot" : "" }, value));
-    this.tiles.replaceChildren(...(b.length ? [
+    const tile = (name, value, hot = false) => [name, String(value), hot];
+    this.showTiles(b.length ? [
       tile("step", s.step[row].toLocaleString("en")), tile("clock", this.moment(s.start[row])),
       tile("step time", this.secs(s.end[row] - s.start[row])), ...(s.predicted[row] >= 0 ? [tile("predicted", this.secs(s.predicted[row]))] : []),
       tile(budget ? `tokens of ${budget}` : "tokens", tokens), tile("running", s.running[row]), tile("waiting", s.waiting[row]),
       tile("KV in use", m.num_blocks ? Math.round(100 * s.used[row] / m.num_blocks) + "%" : s.used[row], full)] :
-      [make("p", { class: "facts" }, "Steps are recorded from log_level=1 on.")]));
+      [tile("steps", "are recorded from log_level=1 on")]);
     this.drawLog();
     this.over.setAttribute("aria-valuemin", s.step[0] ?? 0); this.over.setAttribute("aria-valuemax", s.step.at(-1) ?? 0);
     this.over.setAttribute("aria-valuenow", s.step[row] ?? 0);
     this.over.setAttribute("aria-valuetext", b.length ? `step ${s.step[row]}, ${this.secs(s.start[row])}` : "no step");
     this.root.dataset.step = s.step[row] ?? -1; this.root.dataset.drawn = "yes";
+  }
+
+  showTiles(tiles) { // only what changed touches the page
+    while (this.tiles.children.length < tiles.length) this.tiles.append(make("div", {}, make("span"), make("b")));
+    while (this.tiles.children.length > tiles.length) this.tiles.lastChild.remove();
+    tiles.forEach(([name, value, hot], i) => {
+      const [label, number] = this.tiles.children[i].children;
+      if (label.textContent !== name) label.textContent = name;
+      if (number.textContent !== value) number.textContent = value;
+      number.className = hot ? "hot" : "";
+    });
   }
 
   // A canvas as sharp as the screen; the context is in CSS pixels.
@@ -854,13 +867,17 @@ class View {
 
   // ----------------------------------------------------------------------------------- the decisions
   drawLog() {
-    const b = this.book, step = b.steps.step[this.row] ?? Infinity, key = `${b.number}:${b.notes.length}:${step}:${this.forks.size}`;
-    if (key === this.saidLog || this.playing && performance.now() - (this.saidAt || 0) < 120) { if (key !== this.saidLog) setTimeout(() => this.redraw(), 130); return; }
+    const b = this.book, step = b.steps.step[this.row] ?? Infinity, key = `${b.nextNote}:${this.follow ? "" : step}:${bisect(b.noteSteps, step)}:${this.forks.size}:${this.theme}`;
+    if (key === this.saidLog) return;
+    if (this.playing && performance.now() - (this.saidAt || 0) < 240) { // a sentence that nobody can read need not be shown
+      this.sayLater ??= setTimeout(() => { this.sayLater = null; this.redraw(); }, 250);
+      return;
+    }
     this.saidLog = key; this.saidAt = performance.now();
     const end = bisect(b.noteSteps, step), start = bisect(b.noteSteps, step - 1);
     const shown = b.notes.slice(Math.max(0, Math.min(start, end - 14)), end).slice(-60).reverse();
     const current = b.notes.slice(start, end);
-    this.logTitle.textContent = current.length ? `${plural(current.length, "sentence")} on step ${step}` : b.length ? `Nothing new in step ${step}` : "Decisions";
+    this.logTitle.textContent = this.follow || !b.length ? "Decisions, newest first" : current.length ? `${plural(current.length, "sentence")} on step ${step}` : `Nothing new in step ${step}`;
     this.log.replaceChildren(...shown.map(note => this.entry(note, note.step >= step)));
     if (!shown.length) this.log.replaceChildren(make("li", {}, b.meta.level < 2 ? "Decisions are recorded from log_level=2 on." : "No decision yet."));
     this.log.scrollTop = 0;
