@@ -23,7 +23,7 @@ import random
 
 import llmlab
 from llmlab import SamplingParams, tasks
-from llmlab.teaching import Choice, Slider, check, knobs, predict, say, show
+from llmlab.teaching import Choice, Slider, check, knobs, predict, say, show, timeline
 from llmlab.teaching.figures import Axis, Point, curves, table
 from llmlab.ui import figures, theme
 from llmlab.ui.chart import seconds, setting
@@ -186,7 +186,7 @@ with llmlab.Engine(model="lab-s", enable_prefix_caching=False, num_blocks=256,
         engine.step()
     stalled = llmlab.Run.of(engine.log)
 gaps = sorted(stalled.requests["r0"].itl)
-show(figures.request_timeline(stalled))
+timeline(stalled)
 say(f"The gap between two tokens of `r0` is usually {seconds(gaps[len(gaps) // 2])}; once it was **{seconds(gaps[-1])}**, "
     f"{gaps[-1] / gaps[len(gaps) // 2]:.0f} times as long. That is the step in which `r1` was read. {setting(stalled)}.")
 

@@ -28,7 +28,7 @@ import llmlab
 from llmlab import EngineConfig, SamplingParams, Workload, tasks
 from llmlab.events.why import describe
 from llmlab.scheduling.composers import fill, split
-from llmlab.teaching import Choice, check, knobs, predict, say, show
+from llmlab.teaching import Choice, check, knobs, predict, say, show, timeline
 from llmlab.teaching.figures import Axis, Bar, Point, bars, curves, table
 from llmlab.ui import figures, theme
 from llmlab.ui.chart import seconds, setting
@@ -76,7 +76,14 @@ say("*Decode first* never makes a writer wait, and almost nobody gets to write. 
 
 # %%
 FEW = Workload.poisson(rate=2.0, n=6, prompt="lognormal:600,0.9", output=(30, 60), seed=0)
-show(figures.batch_composition(serve("prefill_first", 128, FEW)), figures.batch_composition(serve("chunked", 128, FEW)))
+few = serve("chunked", 128, FEW)
+show(figures.batch_composition(serve("prefill_first", 128, FEW)), figures.batch_composition(few))
+
+# %% [markdown]
+# The same run request by request. In the notebook you can scrub through it, and click a bar to ask why it was late.
+
+# %%
+timeline(few)
 
 # %% [markdown]
 # ## The events

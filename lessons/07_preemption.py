@@ -23,7 +23,7 @@
 import llmlab
 from llmlab import EngineConfig, SamplingParams, Workload, tasks
 from llmlab.events.why import describe
-from llmlab.teaching import Choice, Slider, check, knobs, predict, say, show
+from llmlab.teaching import Choice, Slider, check, knobs, predict, say, show, timeline
 from llmlab.teaching.figures import Axis, Bar, Point, bars, curves, table
 from llmlab.ui import figures, theme
 from llmlab.ui.chart import count, seconds, setting
@@ -63,7 +63,8 @@ guess = predict(f"Now the pool has {SMALL} blocks, half of it. How many of the 1
 tight = serve(SMALL)
 hit = [r for r in tight.requests.values() if r.num_preemptions]
 guess.reveal(len(hit), f"There were {tight.metrics.num_preemptions} preemptions: some were hit more than once.")
-show(figures.request_timeline(tight), figures.kv_block_map(tight))
+timeline(tight)
+show(figures.kv_block_map(tight))
 answers = [[e.token_ids for e in run.events("TokensReleased", request=name)] for run in (roomy, tight) for name in run.requests]
 same = [sum(a, ()) for a in answers[:16]] == [sum(a, ()) for a in answers[16:]]
 say(f"All 16 answers are {'the same' if same else 'NOT the same'} as with enough memory: preemption costs time, not quality.")

@@ -1,6 +1,6 @@
 """The kit of the lessons: guesses that lock, knobs, exercises that check themselves, pictures that show everywhere.
 
-    from llmlab.teaching import Choice, Slider, check, knobs, predict, say, show
+    from llmlab.teaching import Choice, Slider, check, knobs, predict, say, show, timeline
 
     guess = predict("How many tokens does one step produce?", Slider(8, 1, 64))
     guess.reveal(1, "One per request.")
@@ -14,11 +14,11 @@ of the documentation. Widgets are imported only where there is a notebook.
 from __future__ import annotations
 
 from llmlab.teaching.exercises import Verdict, check
-from llmlab.teaching.front import Shown, collecting, in_notebook, say, show
+from llmlab.teaching.front import Shown, collecting, in_notebook, say, show, timeline
 from llmlab.teaching.guesses import Guess, predict
 from llmlab.teaching.knobs import Choice, Panel, Slider, knobs
 
 __all__ = [
     "Choice", "Guess", "Panel", "Shown", "Slider", "Verdict", "check", "collecting", "in_notebook", "knobs", "predict",
-    "say", "show",
+    "say", "show", "timeline",
 ]  # fmt: skip

@@ -9,7 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from llmlab.events.trace import Run
 
 Kind = Literal["markdown", "text", "html", "picture"]
 _COLLECTED: ContextVar[list[Shown] | None] = ContextVar("llmlab_teaching_collected", default=None)
@@ -63,6 +66,18 @@ def show(*things: Any) -> None:
     """Charts as pictures, verdicts and explanations in their own form, everything else as text."""
     for thing in things:
         _emit(shown(thing))
+
+
+def timeline(run: Run) -> None:
+    """The timeline of a run: to scrub and to click in a notebook, a picture elsewhere."""
+    from llmlab.ui import figures
+
+    if not in_notebook() or is_collected():
+        show(figures.request_timeline(run))
+        return
+    from llmlab.ui.widget import Timeline
+
+    put(Timeline(run))
 
 
 def shown(thing: Any) -> Shown:

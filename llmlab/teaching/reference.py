@@ -38,7 +38,7 @@ def chapters() -> dict[str, Chapter]:
                          {"roofline": ("CostModel", "Rows"), "roofline.memory": ("plan", "MemoryPlan"),
                           "roofline.profile": ("Profile", "ProfileCost", "read")}),
         "teaching": Chapter("Teaching kit", "What the lessons are made of.",
-                            {"llmlab.teaching": ("predict", "Guess", "knobs", "Slider", "Choice", "check", "Verdict", "say", "show", "collecting"),
+                            {"llmlab.teaching": ("predict", "Guess", "knobs", "Slider", "Choice", "check", "Verdict", "say", "show", "timeline", "collecting"),
                              "llmlab.teaching.figures": ("bars", "curves", "token_strip", "table")}),
     }  # fmt: skip
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llmlab.teaching import Choice, Slider, check, collecting, front, knobs, predict, say, show
+import llmlab
+from llmlab import EngineConfig
+from llmlab.teaching import Choice, Slider, check, collecting, front, knobs, predict, say, show, timeline
 from llmlab.teaching.build import main, notebook, outdated
 from llmlab.teaching.exercises import EXERCISES, judge
 from llmlab.teaching.figures import Axis, Bar, Point, Token, bars, curves, token_strip
@@ -182,6 +184,19 @@ def test_a_page_shows_the_start_and_names_the_knobs() -> None:
     assert "budget 8, 64" in shown[1].content
     assert shown[3].alt == "A finding"
     assert shown[3].as_html.startswith("<img")
+
+
+def test_a_timeline_is_a_widget_in_a_notebook_and_a_picture_on_a_page(in_notebook: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    widget = pytest.importorskip("llmlab.ui.widget")
+    config = EngineConfig(model="lab-xs", executor="sim", hardware="t4")
+    done = llmlab.run(config, llmlab.Workload.batch(3, prompt=20, output=5))
+    with collecting() as shown:
+        timeline(done)
+    assert [one.kind for one in shown] == ["picture"]
+    put: list[object] = []
+    monkeypatch.setattr(front, "put", put.append)
+    timeline(done)
+    assert isinstance(put[0], widget.Timeline)
 
 
 @pytest.mark.parametrize("name", ["light", "dark"])
