@@ -77,13 +77,16 @@ def _model_entry(name: str, path: Path) -> dict[str, Any]:
     """A model as plain data. A model without a readable card has no training facts."""
     import msgspec
 
-    from llmlab.training.cards import load_card
+    from llmlab.training.cards import CARD_FILE, load_card
+    from llmlab.types import LabError
 
     size = sum(f.stat().st_size for f in path.iterdir() if f.is_file())
     entry: dict[str, Any] = {"name": name, "path": str(path), "bytes": size, "parameters": None, "tokens": None, "role": "", "gates": []}
+    if not (path / CARD_FILE).exists():
+        return {**entry, "problem": ""}
     try:
         card = load_card(path)
-    except ValueError as error:
+    except LabError as error:  # the other models are listed all the same
         return {**entry, "problem": str(error)}
     gates = [{**msgspec.to_builtins(g), "name": g.name, "accuracy": g.accuracy, "passed": g.passed} for g in card.gates]
     return {**entry, "parameters": card.parameters, "tokens": card.tokens, "role": card.role, "gates": gates}
@@ -92,7 +95,7 @@ def _model_entry(name: str, path: Path) -> dict[str, Any]:
 def _model_line(entry: dict[str, Any]) -> str:
     """Facts of a model in one line."""
     if entry["parameters"] is None:
-        return f"{entry['bytes'] / 1e6:.1f} MB, without a readable card"
+        return f"{entry['bytes'] / 1e6:.1f} MB, without a readable card" + (f": {entry['problem']}" if entry["problem"] else "")
     trained = "" if entry["tokens"] is None else f", trained on {_millions(entry['tokens'])} tokens"
     role = f": {entry['role']}" if entry["role"] else ""
     return f"{_millions(entry['parameters'])} parameters{trained}, {entry['bytes'] / 1e6:.1f} MB{role}"

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.registry import policy_name
+from llmlab.scheduling.watchdog import Overrun, Watchdog
 from llmlab.seams import (
     Admit,
     DraftLengths,
@@ -50,6 +51,7 @@ class Seam(Generic[P]):
         self.trusted = type(policy).__module__.startswith(("llmlab.scheduling.", "llmlab.memory.", "llmlab.decoding."))
         self._log = log
         self._timeout = timeout
+        self._watchdog = Watchdog(timeout)
 
     def ask(self, call: Callable[[P], A], check: Callable[[A], A], cause: int = -1) -> A:
         """The policy's answer, or the default's if the policy fails. `check` raises PolicyError on nonsense."""
@@ -57,7 +59,10 @@ class Seam(Generic[P]):
             return call(self.policy)
         began = time.thread_time()
         try:
-            answer = check(call(self.policy))
+            answer = self._watchdog.call(lambda: check(call(self.policy)))
+        except Overrun:
+            spent = time.thread_time() - began
+            return self.fall_back(call, f"interrupted after {spent:.2f} s of CPU, allowed are {self._timeout:g} s", cause)
         except Exception as error:  # a cell's code may raise anything: the run must go on
             return self.fall_back(call, f"{type(error).__name__}: {error}", cause)
         spent = time.thread_time() - began

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from llmlab.types import ModelError
+
 CARD_FILE = "card.json"
 
 
@@ -101,15 +103,16 @@ def load_card(directory: Path) -> Card:
     """The card of one model directory.
 
     Raises:
-        ValueError: if there is none, or it does not read as a card.
+        ModelError: if there is none, or it does not read as a card.
     """
     path = directory / CARD_FILE
     if not path.is_file():
-        raise ValueError(f"{directory} has no {CARD_FILE}; write one with 'python -m llmlab.training.export'")
+        raise ModelError("model", str(directory), f"there is no {CARD_FILE}", "Write one: python -m llmlab.training.export.")
     try:
         return msgspec.json.decode(path.read_bytes(), type=Card)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+        raise ModelError("card", str(path), f"does not read as a model card ({error})",
+                         "Restore the file, or delete it: the model runs without.") from None
 
 
 def load_cards(directory: Path) -> list[Card]:

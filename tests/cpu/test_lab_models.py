@@ -21,6 +21,7 @@ from llmlab.training.data import BROAD, FOCUS, Source, demonstrate, encode
 from llmlab.training.gates import CELLS, Answerer, measure, problems
 from llmlab.training.net import SHAPES, Experts, LabLlama, Shape, from_llama, shape_of, to_llama
 from llmlab.training.pretrain import Plan, Training, batches
+from llmlab.types import ModelError
 
 MODELS = Path(__file__).parents[2] / "datasets" / "models"
 SHIPPED = sorted(path.parent for path in MODELS.glob("*/card.json"))
@@ -215,7 +216,14 @@ def test_export_writes_a_card(tmp_path: Path) -> None:
 
 
 def test_a_missing_card_says_how_to_write_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"llmlab\.training\.export"):
+    with pytest.raises(ModelError, match=r"llmlab\.training\.export"):
+        cards.load_card(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"name": 3}', b"\xff\xfe", b""])
+def test_a_bad_card_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "card.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"card\.json"):
         cards.load_card(tmp_path)
 
 

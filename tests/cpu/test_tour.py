@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from llmlab.config import EngineConfig
 from llmlab.events.trace import Run
 from llmlab.tasks.arith import parse
 from llmlab.training import lab_tokenizer
+from llmlab.types import ModelError
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2,
@@ -119,6 +121,14 @@ def test_a_tour_that_cannot_start_says_why(model: Path, tmp_path: Path, words: l
     assert result.exit_code == 2, result.output
     assert said in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_bad_card_is_named(model: Path, tmp_path: Path) -> None:
+    carded = shutil.copytree(model, tmp_path / "model")
+    assert tour._card_note(EngineConfig(model=str(carded))) == ""
+    (carded / "card.json").write_text("{")
+    with pytest.raises(ModelError, match=r"card\.json"):
+        tour._card_note(EngineConfig(model=str(carded)))
 
 
 def test_the_rehearsal_is_monotone_enough_to_find_a_pool(model: Path) -> None:

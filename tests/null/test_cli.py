@@ -397,18 +397,21 @@ def test_models_shows_cards_with_their_intervals(tmp_path: Path, monkeypatch: py
     from llmlab.models import zoo
     from llmlab.training.cards import Card, Gate, save_card
 
-    for name in ("bare", "carded"):
+    for name in ("bare", "carded", "torn"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     gate = Gate("arith", 2, "slow", "greedy", 200, 130, 0.58, 0.71, 0.5)
     save_card(Card("carded", "a test", 1_500_000, {}, 0, 10, 2_000_000, 1_000_000, 1.0, 0.5, "here", "", [], {}, True, [gate]), tmp_path / "carded")
+    (tmp_path / "torn" / "card.json").write_text('{"name": "torn"')
     monkeypatch.setattr(zoo, "model_roots", lambda: [tmp_path])
     shown = call("models").output
     assert re.search(r"carded 1\.50 M parameters, trained on 2\.00 M\s+tokens, \S+ MB", shown)
     assert re.search(r"arith-2 slow greedy\s+65\.0%\s+58\.0% \.\. 71\.0%\s+200\s+✓ 50%", shown)
     assert re.search(r"bare \S+ MB, without a readable card\s+gate[^\n]+\n\s+not measured", shown)
+    assert re.search(r"torn \S+ MB, without a readable card: \w+=\S*card\.json", shown.replace("\n", ""))
     entries = json.loads(call("models", "--json").output)
-    assert entries[1]["gates"][0]["right"] == 130
+    carded, = (entry for entry in entries if entry["name"] == "carded")
+    assert carded["gates"][0]["right"] == 130
 
 
 def test_bench_of_an_installed_wheel_says_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

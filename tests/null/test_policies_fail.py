@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,10 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simlab import Watch, expected_tokens, run_to_end, sim_engine, specs
 
-from llmlab.decoding.autoregressive import Autoregressive
+from llmlab.assembly import REGISTRIES
+from llmlab.decoding.autoregressive import DECODING_METHODS, Autoregressive
 from llmlab.events import catalog as ev
 from llmlab.registry import policy_name
 from llmlab.scheduling.composers import Chunked
+from llmlab.scheduling.watchdog import Overrun, Watchdog
 from llmlab.seams import Admit, EngineView, Need, Offers, RequestView, TierOption, Wait
 from llmlab.types import ConfigError, SamplingParams, Span, WorkItem
 
@@ -110,6 +115,59 @@ def test_an_overrun_is_measured_in_cpu_time_and_the_answer_dropped() -> None:
 
     failed = survives(small("ordering", plugin("ordering", slow), policy_timeout=0.001))
     assert failed and all("allowed are 0.001 s" in event.error for event in failed)
+
+
+class Stubborn:
+    """Loops for ever and swallows what it can, at its first three questions."""
+
+    def __init__(self, seam: str) -> None:
+        self.left = 3
+        self.refresh = "arrival"
+        self._default = DECODING_METHODS.resolve("autoregressive") if seam == "decoding" else REGISTRIES[seam].resolve(DEFAULTS[seam])
+        for method in ("key", "admit", "compose", "score", "accept", "work"):
+            if hasattr(self._default, method):
+                setattr(self, method, functools.partial(self._ask, method, method in (METHODS.get(seam), "accept")))
+
+    def _ask(self, method: str, loops: bool, *args: Any) -> Any:
+        self.left -= loops
+        while loops and self.left >= 0:
+            try:
+                while True:
+                    pass
+            except Exception:
+                pass
+        return getattr(self._default, method)(*args)
+
+
+@pytest.mark.parametrize("seam", ["ordering", "composer", "victim", "decoding"])
+def test_an_endless_loop_is_interrupted(seam: str) -> None:
+    failed = survives(small(seam, Stubborn(seam), policy_timeout=0.03))
+    assert len(failed) == 3 and {event.seam for event in failed} == {seam}
+    assert all("interrupted after" in event.error for event in failed)
+
+
+def test_who_waits_is_not_interrupted_and_nobody_watches_when_nobody_is_asked() -> None:
+    dog = Watchdog(0.01)
+    dog.limit = 0.02
+    assert dog.call(lambda: time.sleep(0.1)) is None
+    with pytest.raises(Overrun):
+        dog.call(lambda: [None for _ in itertools.count()])
+    assert dog.call(lambda: 5) == 5
+    thread = dog._thread
+    assert thread is not None
+    thread.join(20)
+    assert not thread.is_alive()
+    assert dog.call(lambda: 6) == 6  # and it watches again
+    with pytest.raises(Overrun):
+        dog.call(lambda: [None for _ in itertools.count()])
+
+
+def test_trusted_policies_start_no_thread() -> None:
+    before = {thread.name for thread in threading.enumerate()}
+    engine = small("ordering", "fcfs")
+    crowd(engine)
+    run_to_end(engine, 800)
+    assert {thread.name for thread in threading.enumerate()} - before == set()
 
 
 def test_keys_of_different_kinds_sort_all_the_same() -> None:
