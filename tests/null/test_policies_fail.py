@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from simlab import Watch, expected_tokens, run_to_end, sim_engine, specs
 
 from llmlab.assembly import REGISTRIES
-from llmlab.decoding.autoregressive import DECODING_METHODS, Autoregressive
+from llmlab.decoding.autoregressive import Autoregressive
 from llmlab.events import catalog as ev
 from llmlab.registry import policy_name
 from llmlab.scheduling.composers import Chunked
@@ -123,7 +123,7 @@ class Stubborn:
     def __init__(self, seam: str) -> None:
         self.left = 3
         self.refresh = "arrival"
-        self._default = DECODING_METHODS.resolve("autoregressive") if seam == "decoding" else REGISTRIES[seam].resolve(DEFAULTS[seam])
+        self._default = REGISTRIES[seam].resolve(DEFAULTS.get(seam, "autoregressive"))
         for method in ("key", "admit", "compose", "score", "accept", "work"):
             if hasattr(self._default, method):
                 setattr(self, method, functools.partial(self._ask, method, method in (METHODS.get(seam), "accept")))
