@@ -7,17 +7,20 @@ import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from llmlab.decoding.sampler import Sampled, SampleRow, greedy, plain, prompt_logprobs, sample, sample_row
 from llmlab.decoding.speculative import parents_of, paths
 from llmlab.execution.base import Done, Row, StepBatch, Ticket
 from llmlab.execution.drafting import Drafter
+from llmlab.execution.hybrid import Hybrid
 from llmlab.execution.offload import ExpertOffload, LayerWindow
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.models.loader import LoadedModel
@@ -48,15 +51,22 @@ class KVCache:
         self._host: list[tuple[Tensor, Tensor]] = []
 
     def _pair(self, size: tuple[int, ...], device: torch.device | str) -> tuple[Tensor, Tensor]:
-        return torch.zeros(size, dtype=self._dtype, device=device), torch.zeros(size, dtype=self._dtype, device=device)
+        pin = torch.device(device).type == "cpu" and self._device.type == "cuda"  # so that copies can run beside kernels
+        k, v = (torch.zeros(size, dtype=self._dtype, device=device, pin_memory=pin) for _ in range(2))
+        return k, v
+
+    @property
+    def host(self) -> list[tuple[Tensor, Tensor]]:
+        """Host KV of all layers."""
+        if not self._host:
+            self._host = [self._pair(self._host_shape, "cpu") for _ in self.layers]
+        return self._host
 
     def move(self, move: Move) -> None:
         """Carry out the block copies of a move. If it raises, the KV of its request is lost."""
         pairs = torch.tensor(list(zip(move.src, move.dst, strict=True)), dtype=torch.int64, device=self._device)
-        if move.kind != "copy" and not self._host:
-            self._host = [self._pair(self._host_shape, "cpu") for _ in self.layers]
         for layer, (k, v) in enumerate(self.layers):
-            hk, hv = self._host[layer] if move.kind != "copy" else (k, v)
+            hk, hv = self.host[layer] if move.kind != "copy" else (k, v)
             for device, host in ((k, hk), (v, hv)):
                 src, dst = (host, device) if move.kind == "swap_in" else (device, host)
                 self._kernels.copy_blocks(src, dst, pairs)
@@ -75,12 +85,14 @@ class TorchExecutor:
         self._loaded = loaded
         self._block_size = block_size
         self._seed = seed
+        self._zero = time.perf_counter()
         self.cache = cache
         self._tokens: dict[str, list[int]] = {}
         self._plain: dict[str, bool] = {}  # of each request: whether its token is the largest logit, and no more was asked for
         self._lost: dict[str, str] = {}  # requests whose KV is gone, and why
         self._hidden: dict[str, Kept] = {}  # of requests that are between two layers
         self._prompt_scores: dict[str, list[TokenLogprobs]] = {}
+        self._hybrid: Hybrid | None = None
         self._worker = ThreadPoolExecutor(1, "llmlab-executor") if asynchronous else None
         self._warm_up(cache.layers[0][0].shape[0] * block_size)
 
@@ -91,6 +103,8 @@ class TorchExecutor:
     def close(self) -> None:
         if self._worker is not None:
             self._worker.shutdown()
+        if self._hybrid is not None:
+            self._hybrid.worker.close()
         if self._offload is not None:
             self._offload.close()
         if isinstance(self._model.layers, LayerWindow):
@@ -123,6 +137,8 @@ class TorchExecutor:
             self._lost.pop(name, None)
             self._hidden.pop(name, None)
             self._prompt_scores.pop(name, None)
+            if self._hybrid is not None:
+                self._hybrid.forget(name)
         parts: dict[str, float] = {}
         try:
             with torch.inference_mode():
@@ -132,6 +148,7 @@ class TorchExecutor:
             results = tuple(ItemResult(r.item.request, error=f"{type(error).__name__}: {error}") for r in batch.rows)
         seconds = time.perf_counter() - began
         result = StepResult(batch.plan.step, results, Durations(seconds, parts=parts))
+        result = result if self._hybrid is None else self._with_host(result, parts)
         return result if self._offload is None else self._offload.told(result)
 
     def _move(self, moves: Sequence[Move]) -> None:
@@ -141,23 +158,39 @@ class TorchExecutor:
             if not move.src or move.request in self._lost:
                 continue
             try:
-                self.cache.move(move)
+                if self._hybrid is None:
+                    self.cache.move(move)
+                else:  # host blocks are the business of the host's thread
+                    self._hybrid.call(move.kind, partial(self.cache.move, move))
             except Exception as error:  # whatever the allocator raises: the request is lost, its neighbours are not
                 self._lost[move.request] = (f"its KV was lost: {move.kind} of {len(move.src)} blocks failed "
                                             f"({type(error).__name__}: {error})")  # fmt: skip
+
+    def _with_host(self, result: StepResult, parts: dict[str, float]) -> StepResult:
+        """The result with what the host's thread did, and whether it died."""
+        assert self._hybrid is not None
+        spans, waited = self._hybrid.take_spans(self._zero)
+        parts = {**parts, "cpu": sum(span.end - span.start for span in spans), "join_wait": waited}
+        return replace(result, durations=replace(result.durations, parts=parts), spans=tuple(spans), lost=self._hybrid.take_lost())
 
     def _run_rows(self, rows: Sequence[Row], parts: dict[str, float]) -> tuple[ItemResult, ...]:
         """All rows that can run, those over the same layers together; the others end with their reason."""
         done: dict[str, ItemResult] = {}
         groups: dict[Span | None, list[Row]] = {}
+        both_tiers: list[Row] = []
+        hybrid = any(row.item.home == "cpu" for row in rows)
         for row in rows:
             reason = self._unready(row)
-            if reason is None:
+            if reason is None and hybrid and (row.item.home == "cpu" or row.item.layers is None):
+                both_tiers.append(row)
+            elif reason is None:
                 groups.setdefault(row.item.layers, []).append(row)
             else:
                 done[row.item.request] = ItemResult(row.item.request, error=reason)
         for layers, group in groups.items():
             done |= {result.request: result for result in self._forward(group, layers, parts)}
+        if both_tiers:
+            done |= {result.request: result for result in self._forward_hybrid(both_tiers, parts)}
         results = tuple([done[row.item.request] for row in rows])
         if self._drafter is None:
             return results
@@ -173,7 +206,7 @@ class TorchExecutor:
             return self._lost[item.request]
         if len(self._known(row)) < item.tokens[1] - len(item.drafts):
             return "the step before it failed"
-        return None if item.layers is None and item.inputs == "ids" else self._misfit(item)
+        return None if item.home == "cpu" or (item.layers is None and item.inputs == "ids") else self._misfit(item)
 
     def _misfit(self, item: WorkItem) -> str | None:
         """What is wrong with an item over some of the layers, if anything is."""
@@ -191,6 +224,24 @@ class TorchExecutor:
             return f"{span}: no item has left the hidden states of these tokens before layer {start}"
         return None
 
+    def _forward_hybrid(self, rows: Sequence[Row], parts: dict[str, float]) -> tuple[ItemResult, ...]:
+        """Rows on both tiers; those that stay half-way have nothing to say yet."""
+        began = time.perf_counter()
+        if self._hybrid is None:
+            self._hybrid = Hybrid(self._model, self.cache.layers, self.cache.host, self._block_size)
+        hidden = self._hybrid.run(rows, self._ids)
+        forwarded = time.perf_counter()
+        ending = [row for row in rows if not row.item.halfway]
+        results = self._emit(ending, torch.cat([hidden[row.request.id] for row in ending])) if ending else ()
+        parts.update(forward=forwarded - began, sample=time.perf_counter() - forwarded)
+        done = {result.request: result for result in results}
+        return tuple(done.get(row.request.id) or ItemResult(row.request.id) for row in rows)
+
+    def _ids(self, row: Row) -> list[int]:
+        """The tokens that a row computes."""
+        start, stop = row.item.tokens
+        return [*self._known(row)[start : stop - len(row.item.drafts)], *row.item.drafts]
+
     def _forward(self, rows: Sequence[Row], layers: Span | None, parts: dict[str, float]) -> tuple[ItemResult, ...]:
         """Rows over the same layers, all of them if None."""
         began = time.perf_counter()
@@ -199,8 +250,7 @@ class TorchExecutor:
         positions: list[int] = []
         device = self._model.device
         for row, (start, stop) in zip(rows, spans, strict=True):
-            ids += self._known(row)[start : stop - len(row.item.drafts)]
-            ids += row.item.drafts
+            ids += self._ids(row)
             positions += range(start, stop)
         meta = AttentionMetadata.build(
             [stop - start for start, stop in spans], [stop for _, stop in spans], [row.block_ids for row in rows],

@@ -299,6 +299,15 @@ def device_capability(device: torch.device | str) -> Capability:
     return of_compute(found.name, found.major * 10 + found.minor, found.multi_processor_count, float(found.total_memory))
 
 
+def host_kernels(device: Kernels, on_cpu: bool) -> Kernels:
+    """Kernels for the thread that attends to host KV beside `device`'s: the same arithmetic where both are CPUs, then on
+    one thread, since the device has the team."""
+    from llmlab.kernels.numba_kernels import NumbaKernels
+    from llmlab.kernels.pool import Pool
+
+    return NumbaKernels(Pool(alone=on_cpu)) if not on_cpu or isinstance(device, NumbaKernels) else TorchKernels()
+
+
 SETS: Mapping[str, Callable[[torch.device, torch.dtype], Kernels]] = {
     "torch": _torch_kernels,
     "numba": _numba_kernels,

@@ -31,8 +31,8 @@ class NumbaKernels(BaseKernels):
 
     name = "numba"
 
-    def __init__(self) -> None:
-        self.pool = Pool()
+    def __init__(self, pool: Pool | None = None) -> None:
+        self.pool = Pool() if pool is None else pool
         self._checked: tuple[Tensor, int] | None = None
 
     def linear(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> LinearImpl:

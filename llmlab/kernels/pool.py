@@ -141,11 +141,12 @@ class _Scratch(threading.local):
 
 class Pool:
     """Runs regions on torch's threads: as many as `torch.set_num_threads` says, always all of them
-    (resizing the team is slow), so that one number governs torch's operators and these kernels.
+    (resizing the team is slow), so that one number governs torch's operators and these kernels. `alone`: on the calling
+    thread only, as suits a thread beside the one that has the team.
     """
 
-    def __init__(self) -> None:
-        self._enter = openmp().parallel
+    def __init__(self, alone: bool = False) -> None:
+        self._enter = None if alone else openmp().parallel
         self._scratch = _Scratch()
         self._alone: dict[int, Callable[[bytes], None]] = {}
 

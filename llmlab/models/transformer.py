@@ -192,11 +192,27 @@ class Transformer:
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> Tensor:
-        shape, kernels = self.shape, self.kernels
-        num_tokens = hidden.shape[0]
-        qkv = kernels.norm_linear(hidden, layer.attn_norm, shape.rms_norm_eps, layer.qkv)
-        q, k, v = torch.split(qkv.view(num_tokens, -1, shape.head_dim), self._heads, 1)
-        q = kernels.rope_store(
+        heads = self.project(layer, hidden)
+        q = self.rotate(layer, heads, rotation, k_cache, v_cache, meta.slot_mapping)
+        out = self.attend(layer, self.kernels, q, k_cache, v_cache, meta)
+        return self._join(out.reshape(len(out), -1), layer.output, layer.post_attn_norm, hidden)
+
+    # ------------------------------------------------------------------ a layer in parts, for who runs them apart
+    def rotations(self, positions: Tensor) -> list[Rotation]:
+        """By `Layer.rope`, for `positions [T]`."""
+        return [rope.at(positions) for rope in self._ropes]
+
+    def project(self, layer: Layer, hidden: Tensor) -> Tensor:
+        """Queries, keys and values of `hidden [T, hidden_size]` before rotation, [T, heads, head_dim]."""
+        qkv = self.kernels.norm_linear(hidden, layer.attn_norm, self.shape.rms_norm_eps, layer.qkv)
+        return qkv.view(hidden.shape[0], -1, self.shape.head_dim)
+
+    def rotate(
+        self, layer: Layer, heads: Tensor, rotation: Rotation, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+    ) -> Tensor:
+        """Rotated queries of `heads` (given up), whose keys and values go into the cache at `slots [T]`."""
+        q, k, v = torch.split(heads, self._heads, 1)
+        return self.kernels.rope_store(
             q,
             k,
             v,
@@ -204,15 +220,32 @@ class Transformer:
             rotation.sin,
             k_cache,
             v_cache,
-            meta.slot_mapping,
+            slots,
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
-            eps=shape.rms_norm_eps,
+            eps=self.shape.rms_norm_eps,
         )
-        state = kernels.paged_attention(
+
+    def attend(
+        self,
+        layer: Layer,
+        kernels: Kernels,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        meta: AttentionMetadata,
+    ) -> Tensor:
+        """Attention of rotated queries over a cache, by any kernels: [T, num_heads, head_dim]."""
+        shape = self.shape
+        return kernels.paged_attention(
             q, k_cache, v_cache, meta, shape.query_scale, layer.window, shape.attn_softcap
-        )
-        return self._join(state.out.reshape(num_tokens, -1), layer.output, layer.post_attn_norm, hidden)
+        ).out
+
+    def after_attention(self, layer: Layer, out: Tensor, hidden: Tensor) -> Tensor:
+        """The rest of a layer: `out [T, num_heads, head_dim]` joins the residual stream, and the feed-forward part. Both
+        are given up."""
+        joined = self._join(out.reshape(len(out), -1), layer.output, layer.post_attn_norm, hidden)
+        return self._mlp(layer, joined)
 
     def _mlp(self, layer: Layer, hidden: Tensor) -> Tensor:
         shape, kernels, mlp = self.shape, self.kernels, layer.mlp
