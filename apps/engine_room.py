@@ -6,40 +6,40 @@ app = marimo.App(width="full", app_title="Engine room")
 with app.setup:
     import marimo as mo
 
-    from llmlab.applab import pictures
+    from llmlab.applab import pages, words
     from llmlab.applab.live import shared_engine
-    from llmlab.applab.words import numbers
+    from llmlab.applab.timeline import LiveTimeline, Pump
     from llmlab.assembly import REGISTRIES
-    from llmlab.ui import figures
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md("""
-    # Engine room
-    """)
+    pages.heading("engine_room")
     return
 
 
 @app.cell(hide_code=True)
 def _():
     live = shared_engine()
-    theme = pictures.page_theme()
-    return live, theme
+    ready, set_ready = mo.state(live.wait_until_ready(0.0))
+    if not ready():
+        pages.once(lambda: live.wait_until_ready(600.0) and set_ready(True))
+    return live, ready
 
 
 @app.cell(hide_code=True)
 def _(live):
-    now = live.settings()
-    ordering = mo.ui.dropdown(REGISTRIES["ordering"].names(), value=now["ordering"], label="order of the queue")
-    composer = mo.ui.dropdown(REGISTRIES["composer"].names(), value=now["composer"], label="a step contains")
-    tiering = mo.ui.dropdown(REGISTRIES["tiering"].names(), value=now["tiering"], label="who is preempted")
-    budget = mo.ui.slider(steps=[16, 32, 64, 128, 256, 512], value=now["max_num_batched_tokens"], label="token budget", show_value=True)
-    blocks = mo.ui.slider(72, 160, step=8, value=now["num_blocks"], label="KV blocks", show_value=True)
-    rate = mo.ui.slider(steps=[2, 5, 10, 15, 20, 30, 40, 60], value=live.rate, label="arrivals/s", show_value=True)
+    _now = live.settings()
+    ordering = mo.ui.dropdown(REGISTRIES["ordering"].names(), value=_now["ordering"], label="who goes first")
+    composer = mo.ui.dropdown(REGISTRIES["composer"].names(), value=_now["composer"], label="a step is")
+    tiering = mo.ui.dropdown(REGISTRIES["tiering"].names(), value=_now["tiering"], label="the preempted")
+    budget = mo.ui.slider(steps=[16, 32, 64, 128, 256, 512], value=_now["max_num_batched_tokens"], label="token budget",
+                          show_value=True)  # fmt: skip
+    blocks = mo.ui.slider(72, 128, step=8, value=_now["num_blocks"], label="KV blocks", show_value=True)
+    rate = mo.ui.slider(steps=[2, 5, 10, 15, 20, 30, 40, 60], value=int(live.rate), label="arrivals/s", show_value=True)
     speed = mo.ui.slider(steps=[0.02, 0.05, 0.1, 0.2, 0.5, 1.0], value=live.speed, label="speed", show_value=True)
     drop = mo.ui.run_button(label="Drop a long prompt")
-    mo.hstack([ordering, composer, tiering, budget, blocks, rate, speed, drop], justify="start", gap=1.2, wrap=True)
+    mo.hstack([budget, rate, blocks, ordering, composer, tiering, speed, drop], justify="start", gap=1.2, wrap=True)
     return blocks, budget, composer, drop, ordering, rate, speed, tiering
 
 
@@ -52,41 +52,54 @@ def _(blocks, budget, composer, live, ordering, rate, speed, tiering):
 
 
 @app.cell(hide_code=True)
-def _(drop, live):
+def _(live, ready):
+    timeline = LiveTimeline.of(live, theme=pages.page_theme()) if ready() and live.engine else pages.first_look()
+    shown = mo.ui.anywidget(timeline)
+    mo.vstack([words.beginning(live), shown])
+    return shown, timeline
+
+
+@app.cell(hide_code=True)
+def _(live, ready, timeline):
+    pump = Pump(live, timeline) if ready() and live.engine else None
+    return (pump,)
+
+
+@app.cell(hide_code=True)
+def _(drop, live, timeline):
     mo.stop(not drop.value)
-    live.drop_long_prompt()
+    timeline.selected = live.drop_long_prompt()
     return
 
 
 @app.cell(hide_code=True)
 def _():
-    refresh = mo.ui.refresh(default_interval="1s")
-    refresh.style({"display": "none"})
-    return (refresh,)
+    prompt = mo.ui.text(value="37*46-23*58", label="your prompt", max_length=400)
+    send = mo.ui.run_button(label="Send")
+    return prompt, send
 
 
 @app.cell(hide_code=True)
-def _(live, refresh):
-    numbers(live, refresh.value)
+def _(live, prompt, send, timeline):
+    if send.value and prompt.value.strip():
+        timeline.selected = live.ask(prompt.value)
     return
 
 
 @app.cell(hide_code=True)
-def _(live, refresh, theme):
-    mo.stop(refresh is None or live.window() is None, mo.md("The model is being loaded."))
-    pictures.drawn(theme, lambda: figures.request_timeline(live.window(newest=26)))
-    return
+def _():
+    beat = mo.ui.refresh(default_interval="1s")
+    return (beat,)
 
 
 @app.cell(hide_code=True)
-def _(live):
-    def watch(live, page_of=mo.current_thread) -> None:
-        page = page_of()
-        with live.watching():
-            while not page.should_exit:
-                live.wait(0.2)
-
-    mo.Thread(target=watch, args=(live,), daemon=True).start()
+def _(beat, live, prompt, send, shown):
+    mo.vstack([
+        mo.hstack([prompt, send], justify="start"),
+        words.letter(live, shown.value.get("selected", "")),
+        words.engine_finding(live),
+        mo.Html(f'<div style="display:none">{beat}</div>'),
+    ])  # fmt: skip
     return
 
 

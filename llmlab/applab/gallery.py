@@ -21,6 +21,14 @@ class App(msgspec.Struct, frozen=True):
 APPS = (
     App("engine_room", "Engine room",
         "A real engine under a stream of requests. Turn a knob and watch the next step obey; click a bar and read why it was late."),
+    App("policy_lab", "Policy lab",
+        "Write a scheduling policy in ten lines. It is checked, then raced against the built-in ones on the same arrivals."),
+    App("time_machine", "Time machine",
+        "Open a recorded run, go to any step, read what was decided and what else was possible, and let it go on differently."),
+    App("roofline_explorer", "Roofline explorer",
+        "A model, a machine, a batch: what bounds a step, what fits into memory, and what it costs in joules."),
+    App("kv_lab", "KV lab",
+        "Who owns the memory: block size, shared beginnings and eviction, and what each of them saves."),
 )  # fmt: skip
 
 

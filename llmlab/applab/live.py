@@ -32,13 +32,14 @@ from llmlab.tasks.base import Problem
 from llmlab.tasks.registry import verify
 from llmlab.types import LabError, SamplingParams
 
+LONGEST = 160  # tokens of an answer
 CROWD = 60  # waiting requests from which on the stream holds back: the page must stay readable
 REMEMBERED = 200  # requests whose texts and times are kept
 EVENTS = 30_000  # of the log's ring, about 10 MB
 RECENT = 40  # finished requests that the page's averages are taken of
 SLOWEST = 0.02
 _NAP = 0.05  # seconds that an idle thread sleeps at most
-LIVE = EngineConfig(model="lab-s", executor="torch", num_blocks=160, block_size=16, max_num_batched_tokens=128,
+LIVE = EngineConfig(model="lab-s", executor="torch", num_blocks=128, block_size=16, max_num_batched_tokens=128,
                     max_num_seqs=16, log_level=3, log_capacity=EVENTS, num_threads=1)  # fmt: skip
 
 
@@ -79,7 +80,7 @@ class LiveEngine:
     could not be turned, newest last.
     """
 
-    def __init__(self, config: EngineConfig = LIVE, rate: float = 15.0, speed: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, config: EngineConfig = LIVE, rate: float = 20.0, speed: float = 0.1, seed: int = 0) -> None:
         self.config = config
         self.state = "loading"
         self.rate, self.speed = rate, speed
@@ -87,6 +88,8 @@ class LiveEngine:
         self.notes: deque[str] = deque(maxlen=5)
         self.letters: OrderedDict[str, Letter] = OrderedDict()
         self.engine: Engine | None = None
+        self.started: ev.RunStarted | None = None
+        self._turned: list[tuple[int, dict[str, Any]]] = []  # place in the log, and what was changed there
         self._problems: dict[str, Problem] = {}
         self._stream = Stream(seed)
         self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
@@ -115,13 +118,18 @@ class LiveEngine:
     def num_watchers(self) -> int:
         return len(self._watchers)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was closed, or stopped by an error."""
+        return not self._thread.is_alive()
+
     def wait_until_ready(self, timeout: float) -> bool:
         """Whether the model is loaded, `timeout` seconds from now at the latest."""
         return self._ready.wait(timeout)
 
     def turn(self, **changes: Any) -> None:
         """Change settings of the engine (`Engine.reconfigure`), from the next step on."""
-        self._commands.put(lambda engine: engine.reconfigure(**changes))
+        self._commands.put(lambda engine: self._reconfigure(engine, changes))
         self._awake.set()
 
     def turn_to(self, **wanted: Any) -> None:
@@ -131,11 +139,11 @@ class LiveEngine:
         if changes:
             self.turn(**changes)
 
-    def wait(self, seconds: float) -> None:
-        """Let `seconds` pass, or less if the engine ends."""
-        self._ended.wait(seconds)
+    def ask(self, text: str) -> str:
+        """Send what a visitor typed, in the words that the lab models know; the id under which it will run."""
+        return self.send(as_prompt(text))
 
-    def send(self, prompt: str, kind: str = "yours", max_tokens: int = 96) -> str:
+    def send(self, prompt: str, kind: str = "yours", max_tokens: int = LONGEST) -> str:
         """Send a prompt; the id under which it will run."""
         name = f"you{next(self._numbers)}" if kind == "yours" else f"{kind}{next(self._numbers)}"
         self._commands.put(lambda engine: self._ask(engine, name, kind, prompt, max_tokens))
@@ -153,7 +161,18 @@ class LiveEngine:
         """What the log still holds, or only the `newest` requests of it, as a run; None before the engine is there."""
         if self.engine is None:
             return None
-        return Window(self._started, tuple(self.engine.log), newest)
+        events = tuple(self.engine.log)
+        return Window(self.opening(events[0]), events, newest)
+
+    def opening(self, first: ev.Event) -> list[ev.Event]:
+        """How an account begins whose first event is `first`: what was started, and the settings in force by then."""
+        assert self.started is not None
+        changes: dict[str, Any] = {}
+        for place, turned in tuple(self._turned):
+            changes |= turned if place < first.seq else {}
+        if not changes:
+            return [self.started]
+        return [self.started, ev.Reconfigured(seq=first.seq - 1, t=first.t, now=first.t, changes=changes)]
 
     def settings(self) -> Mapping[str, Any]:
         """The configuration in force."""
@@ -169,10 +188,9 @@ class LiveEngine:
     def _live(self) -> None:
         try:
             with Engine(self.config) as engine:
-                self.engine = engine
                 first = engine.log[0]
                 assert isinstance(first, ev.RunStarted)
-                self._started = first
+                self.engine, self.started = engine, first
                 self._ready.set()
                 while not self._ended.is_set():
                     self._turn_of(engine)
@@ -199,6 +217,13 @@ class LiveEngine:
             self._idle(engine)
         self._publish(engine)
 
+    def _reconfigure(self, engine: Engine, changes: dict[str, Any]) -> None:
+        place = engine.log.num_emitted
+        engine.reconfigure(**changes)
+        old = {name: value for seq, turned in self._turned[:-REMEMBERED] for name, value in turned.items()}
+        kept = self._turned[-REMEMBERED:]
+        self._turned = [*([(0, old)] if old else []), *kept, (place, changes)]
+
     def _obey(self, engine: Engine) -> None:
         while True:
             try:
@@ -218,7 +243,7 @@ class LiveEngine:
                 problem = self._stream.next()
                 name = f"r{next(self._numbers)}"
                 self._problems[name] = problem
-                self._ask(engine, name, problem.suite, problem.prompt, 96)
+                self._ask(engine, name, problem.suite, problem.prompt, LONGEST)
 
     def _ask(self, engine: Engine, name: str, kind: str, prompt: str, max_tokens: int) -> None:
         letter = Letter(name, kind, prompt)
@@ -298,6 +323,16 @@ class LiveEngine:
     def _leave_out(engine: Engine, seconds: float) -> None:
         if isinstance(engine.clock, RealClock):
             engine.clock.leave_out(seconds)
+
+
+def as_prompt(text: str) -> str:
+    """A sum as the lab models were taught sums, anything else as a question of a chat."""
+    text = " ".join(text.split())
+    if text.startswith("<"):
+        return text
+    if text and all(c in "0123456789+-*/()=? " for c in text):
+        return f"<slow>{text.replace(' ', '').rstrip('=?')}?"
+    return f"<chat>{text.lower()}<ans>"
 
 
 @cache

@@ -7,17 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from llmlab.applab.serving import THEME_COOKIE
 from llmlab.ui import theme
-
-
-def page_theme() -> str:
-    """ "light" or "dark": what the visitor of this page chose, or marimo's own setting where no page was asked for."""
-    import marimo as mo
-
-    meta = mo.app_meta()
-    chosen = dict(meta.request.cookies).get(THEME_COOKIE) if meta.request is not None else None
-    return chosen if chosen in ("light", "dark") else "dark" if meta.theme == "dark" else "light"
 
 
 @cache
@@ -27,12 +17,54 @@ def _one_at_a_time() -> threading.Lock:
 
 
 def drawn(name: str, draw: Callable[[], Any]) -> Any:
-    """The chart that `draw` makes, under theme `name`, with everything of the theme inside it."""
+    """The chart that `draw` makes, under theme `name`, with everything of the theme inside it; its title and subtitle as
+    text above it, so that they fit every page. A chart that is only a sentence becomes that sentence."""
+    with _one_at_a_time(), theme.enable(name):
+        return _page_chart(draw().to_dict())
+
+
+def modelled(name: str, draw: Callable[[], Any]) -> Any:
+    """`drawn` for charts of `roofline.charts`, which have two themes of their own."""
     import altair as alt
+
+    from roofline import charts
+
+    with _one_at_a_time():
+        before = alt.theme.active
+        try:
+            charts.enable_theme(dark=name == "dark")
+            return _page_chart(draw().to_dict())
+        finally:
+            alt.theme.enable(before)
+
+
+def _page_chart(spec: dict[str, Any]) -> Any:
+    import altair as alt
+    import marimo as mo
+
+    heading, note = spec.pop("title", {}), spec.pop("usermeta", {}).get("sentence", "")
+    words = mo.Html(f'<h3 class="llmlab-finding">{_lines(heading, "text")}</h3><p class="llmlab-sub">{_lines(heading, "subtitle")}</p>')
+    if note:
+        return mo.vstack([words, mo.md(note)], gap=0)
+    spec["background"] = spec["config"]["background"] = "transparent"
+    if isinstance(spec.get("width"), (int, float)) and "vconcat" not in spec:
+        spec |= {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+    return mo.vstack([words, alt.Chart.from_dict(spec)], gap=0)
+
+
+def _lines(heading: Any, part: str) -> str:
+    import html
+
+    lines = heading.get(part, "") if isinstance(heading, dict) else heading if part == "text" else ""
+    return html.escape(lines if isinstance(lines, str) else " ".join(lines))
+
+
+def png(name: str, draw: Callable[[], Any]) -> bytes:
+    """The chart that `draw` makes, under theme `name`, as an image of twice its size."""
+    import json
+
+    import vl_convert
 
     with _one_at_a_time(), theme.enable(name):
         spec = draw().to_dict()
-    spec.pop("usermeta", None)
-    spec["background"] = "transparent"
-    spec["config"]["background"] = "transparent"
-    return alt.Chart.from_dict(spec)
+    return bytes(vl_convert.vegalite_to_png(json.dumps(spec), scale=2))

@@ -176,7 +176,14 @@ _HEAD = f"""
   .llmlab-bar.dark a, .llmlab-bar.dark button {{ color: #6DB4E8; }}
   #root {{ padding-top: 30px; }}
   #root > div {{ min-height: 0; }}
-  #App > div.absolute, [data-testid="watermark"] {{ display: none; }}
+  [data-testid="notebook-actions-dropdown"], [data-testid="watermark"] {{ display: none !important; }}
+  #App > div {{ padding-left: max(12px, calc(50% - 640px)) !important; padding-right: max(12px, calc(50% - 640px)) !important; }}
+  #App .output-area div[style*=flex] > div {{ min-width: 0; }} .cm-editor {{ max-width: 100%; }}
+  .llmlab-finding {{ font: 600 18px/1.3 Liberation Sans, Helvetica, Arial, sans-serif; margin: 10px 0 2px; }}
+  .llmlab-sub {{ font: 13px/1.4 Liberation Sans, Helvetica, Arial, sans-serif; margin: 0 0 8px; opacity: .7; }}
+  .vega-embed {{ max-width: 100%; }} .vega-embed canvas, .vega-embed svg {{ max-width: 100% !important; height: auto !important; }}
+  .vega-embed summary {{ display: none !important; }}
+  .output-area {{ padding-left: 12px; padding-right: 12px; }} #App h1 {{ margin: 12px 0 2px; }} #App .output {{ margin-bottom: 6px; }}
   .marimo-output-stale, .output-area-stale {{ opacity: 1 !important; }}
 </style>
 <script>{_SCRIPT}

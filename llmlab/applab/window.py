@@ -12,11 +12,12 @@ class Window(Run):
     """The newest events of a log, without those of requests whose arrival fell out of it. Everything that `Run` answers
     from events alone works, `why` included; a chain of causes ends where the window begins."""
 
-    def __init__(self, started: ev.RunStarted, events: Sequence[ev.Event], newest: int | None = None) -> None:
+    def __init__(self, opening: Sequence[ev.Event], events: Sequence[ev.Event], newest: int | None = None) -> None:
+        """`opening`: RunStarted, and what else must be told before the first of `events`."""
         arrived = [event.request for event in events if isinstance(event, ev.RequestArrived)]
         known = set(arrived if newest is None else arrived[-newest:])
         kept = [_trimmed(event, known) for event in events if event.request is None or event.request in known]
-        super().__init__([started, *(event for event in kept if event is not started)])
+        super().__init__([*opening, *(event for event in kept if event is not opening[0])])
         self._by_seq = {event.seq: event for event in self.log_events}
 
     @property

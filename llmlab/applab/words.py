@@ -1,23 +1,92 @@
-"""Numbers and sentences as the apps show them."""
+"""Sentences as the apps show them, computed from what is there."""
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
+from llmlab.applab import pictures, traces, trial
 from llmlab.applab.live import LiveEngine
-from llmlab.ui.chart import seconds
+from llmlab.applab.trial import Trial
+from llmlab.runs import Run
+from llmlab.types import LabError
+from llmlab.ui import figures
+from llmlab.ui.chart import count, seconds
 
 
-def numbers(live: LiveEngine, beat: object = None) -> Any:
-    """The engine's vitals as a row of numbers; `beat` is what makes a page ask again."""
+def beginning(live: LiveEngine) -> Any:
+    """What is to be seen here: the engine, or a recorded run until it is loaded, or why it stopped."""
     import marimo as mo
 
-    v = live.vitals
-    shown = {
-        "mean time to first token": "-" if v.mean_ttft is None else seconds(v.mean_ttft),
-        "mean latency": "-" if v.mean_e2e is None else seconds(v.mean_e2e),
-        "running": str(v.num_running), "waiting": str(v.num_waiting),
-        "KV blocks in use": f"{v.used_blocks} of {v.num_blocks}",
-        "right answers": f"{v.right} of {v.judged}", "step": str(v.step),
-    }  # fmt: skip
-    return mo.hstack([mo.stat(value, label=name) for name, value in shown.items()], justify="start", gap=0, wrap=True)
+    if live.ended:
+        return mo.callout(mo.md(f"The engine {live.state}"), kind="danger")
+    if live.engine is None:
+        return mo.md("*The model is being loaded. Until then: a run recorded earlier.*")
+    return mo.md("")
+
+
+def engine_finding(live: LiveEngine) -> Any:
+    """The engine in one sentence, who else looks at it, and what could not be done."""
+    import marimo as mo
+
+    v, lines = live.vitals, []
+    if v.mean_ttft is not None and v.mean_e2e is not None:
+        lines.append(f"The newest requests got their first token after **{seconds(v.mean_ttft)}** and their last after "
+                     f"**{seconds(v.mean_e2e)}** on average (measured); {v.right} of {v.judged} answers were right.")  # fmt: skip
+    if live.speed < 1:
+        lines.append(f"Slow motion: after each step the engine stands still, so a step takes {1 / live.speed:.0f} times as "
+                     "long on this page as in truth. Its clock does not count that.")  # fmt: skip
+    if live.num_watchers > 1:
+        lines.append(f"**{count(live.num_watchers, 'page')} look at this one engine**: whoever turns a knob turns it for all.")
+    lines += [f"`{note}`" for note in live.notes]
+    return mo.md("<br>".join(lines))
+
+
+def letter(live: LiveEngine, name: str) -> Any:
+    """What the request that was clicked asked, and what it got so far."""
+    import marimo as mo
+
+    one = live.letters.get(name)
+    if one is None:
+        return mo.md("Click a bar: what it asked, what it got, and why it was late.")
+    verdict = {None: "", True: " ✓ right", False: " ✗ wrong"}[one.right]
+    asked = one.prompt if len(one.prompt) < 300 else f"{one.prompt[:140]} … {one.prompt[-140:]}"
+    said = html.escape(one.text) or "…"
+    return mo.Html(f"<p><b>{html.escape(name)}</b> asked <code>{html.escape(asked)}</code> and got "
+                   f"<code>{said}</code>{verdict if one.finished else ' …'}</p>")  # fmt: skip
+
+
+def problem(entry: Trial) -> Any:
+    """What is wrong with the text of a policy."""
+    import marimo as mo
+
+    return mo.callout(mo.md(f"**It does not race.** {entry.problem}"), kind="danger")
+
+
+def verdict(entry: Trial) -> Any:
+    """What the check says of a policy."""
+    import marimo as mo
+
+    try:
+        report = trial.checked(entry)
+    except LabError as error:
+        return mo.callout(mo.md(f"**The check was stopped.** {error}"), kind="danger")
+    calls = ", ".join(f"{took:.2g} µs with {size} requests" for size, took in report.microseconds.items())
+    said = "".join(f"\n- {failure}" for failure in (*report.failures, *report.notes))
+    head = "keeps its seam's contract" if report.ok else f"{count(len(report.failures), 'finding')} of the check, and it races"
+    text = f"**{entry.name}** ({entry.seam}): {head}. {report.num_cases} questions; a call takes {calls}.{said}"
+    return mo.callout(mo.md(text), kind="success" if report.ok else "warn")
+
+
+def forked(run: Run, at: int, seam: str, policy: str, theme: str) -> Any:
+    """A fork and its parent: the finding, where they part, and both timelines."""
+    import marimo as mo
+
+    try:
+        fork = traces.forked(run, at, seam, policy)
+    except LabError as error:
+        return mo.callout(mo.md(f"**No fork.** {error.problem}. {error.way_out}"), kind="danger")
+    names = ("as it was", f"{seam} {policy}")
+    race = pictures.drawn(theme, lambda: figures.policy_race(fork.as_it_was, fork.changed, names, 40))
+    said = f"### {traces.fork_finding(fork)}\n\nBoth continuations are simulated. {fork.comparison.parted}"
+    return mo.vstack([mo.md(said), race])

@@ -178,6 +178,13 @@ def _columns(rows: Sequence[_Row]) -> dict[str, list[Any]]:
     return known | {name: [getattr(r, name) for r in rows] for name in ("prefill", "decode", "running", "waiting", "used")}
 
 
+def _turned(known: list[tuple[int, int]], t: int, value: int) -> list[tuple[int, int]]:
+    """The values that a setting had, and from when; the first one holds for ever."""
+    if known and known[-1][1] == value:
+        return known
+    return [*known[:1], *known[1:][-MAX_BUDGETS:], (t, value)]
+
+
 # ------------------------------------------------------------------------------------------- fold
 class Frames:
     """Folds events into what the widget draws. `keep`: with more steps than that, the oldest are forgotten, with the
@@ -189,6 +196,7 @@ class Frames:
         self.lost = 0  # events that fell out of the log's ring unread; whoever reads the log sets it
         self._started: ev.RunStarted | None = None
         self._config: dict[str, Any] = {}
+        self._pools: list[tuple[int, int]] = []  # (from when, blocks in service)
         self._budgets: list[tuple[int, int]] = []  # (from when, tokens a step may have): it changes while a run goes on
         self._now = 0.0
         self._bars: dict[str, _Bar] = {}
@@ -249,9 +257,8 @@ class Frames:
 
     def _set(self, t: float, config: Mapping[str, Any]) -> None:
         self._config |= config
-        budget = int(self._config.get("max_num_batched_tokens") or 0)
-        if not self._budgets or self._budgets[-1][1] != budget:
-            self._budgets = [*self._budgets[-MAX_BUDGETS:], (ticks(t), budget)]
+        self._budgets = _turned(self._budgets, ticks(t), int(self._config.get("max_num_batched_tokens") or 0))
+        self._pools = _turned(self._pools, ticks(t), int(self._config.get("num_blocks") or 0))
 
     def _arrived(self, event: ev.RequestArrived) -> None:
         spec = event.spec
@@ -427,7 +434,8 @@ class Frames:
             "mode": started.mode if started is not None else "", "seed": started.seed if started is not None else None,
             "model": str(started.model.get("name", "?")) if started is not None else "?",
             "hardware": str(started.hardware.get("name", "?")) if started is not None else "?",
-            "budgets": self._budgets, "num_blocks": int(config.get("num_blocks") or 0),
+            "budgets": self._budgets, "pools": self._pools,
+            "num_blocks": max((blocks for _, blocks in self._pools), default=0),
             "block_size": int(config.get("block_size") or 0),
             "policies": {k: str(config[k]) for k in ("ordering", "composer", "victim", "tiering") if config.get(k)},
         }  # fmt: skip

@@ -73,6 +73,12 @@ class Timeline(anywidget.AnyWidget):  # type: ignore[misc]
                 self.send({"type": "batch", "batch": with_words(batch, None)})
         return count
 
+    def tell(self, event: ev.Event) -> None:
+        """Take in an event that the log no longer has. Only before the first `pull`, and only for a live timeline."""
+        if self._reader is not None:
+            with self._reader.lock:
+                self._reader.fold.write(event)
+
     # -------------------------------------------------------------------------------- from the page
     def _heard(self, widget: Any, message: Any, buffers: Any) -> None:
         """Messages of the page: it was opened (again), or somebody asks why. Anything else is ignored."""

@@ -12,7 +12,7 @@ import pytest
 from llmlab.applab import live as module
 from llmlab.applab.live import LIVE, LiveEngine
 
-SMALL = msgspec.structs.replace(LIVE, model="lab-xs", kernels="torch", log_capacity=4000)
+SMALL = msgspec.structs.replace(LIVE, model="lab-xs", kernels="torch", log_capacity=2000)
 
 
 def eventually(what: Callable[[], bool], seconds: float = 30) -> bool:
@@ -91,7 +91,7 @@ def test_what_it_remembers_is_bounded(live: LiveEngine, monkeypatch: pytest.Monk
     live.rate = 300.0
     with live.watching():
         assert eventually(lambda: live.vitals.num_finished > 60)
-    assert live.engine is not None and len(live.engine.log) <= 4000
+    assert live.engine is not None and len(live.engine.log) <= 2000
     unfinished = sum(not one.finished for one in live.letters.values())
     assert len(live.letters) <= 10 + unfinished + 1
     assert len(live.engine.metrics.requests) <= len(live.letters) + 1
@@ -102,3 +102,25 @@ def test_a_model_that_is_not_there_is_said_and_the_thread_ends() -> None:
     assert engine.wait_until_ready(30) and engine.state.startswith("stopped: ") and "lab-zz" in engine.state
     engine.close()
     assert "llmlab-live-engine" not in [t.name for t in threading.enumerate() if t is engine._thread]
+
+
+def test_a_pump_ends_when_nobody_holds_it_any_more(live: LiveEngine) -> None:
+    pytest.importorskip("anywidget", reason='anywidget is not installed: pip install "llmlab[apps]"')
+    from llmlab.applab.timeline import LiveTimeline, Pump
+
+    pump = Pump(live, LiveTimeline.of(live))
+    assert eventually(lambda: live.num_watchers == 1 and live.vitals.step > 5)
+    del pump
+    assert eventually(lambda: live.num_watchers == 0)
+
+
+def test_a_page_that_comes_late_is_told_what_was_turned_before(live: LiveEngine) -> None:
+    with live.watching():
+        live.turn(max_num_batched_tokens=48, num_blocks=100)
+        assert eventually(lambda: live.engine is not None and live.engine.log.first_seq > 100)
+    assert live.engine is not None
+    first = live.engine.log[live.engine.log.first_seq]
+    told = live.opening(first)
+    assert [type(event).__name__ for event in told] == ["RunStarted", "Reconfigured"]
+    assert told[1].changes == {"max_num_batched_tokens": 48, "num_blocks": 100}
+    assert live.opening(live.started)[1:] == []

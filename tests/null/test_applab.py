@@ -100,7 +100,7 @@ def cut() -> Window:
     while engine.has_unfinished_requests():
         engine.step()
     assert engine.log.first_seq > 0
-    return Window(started, tuple(engine.log))
+    return Window([started], tuple(engine.log))
 
 
 def test_a_window_answers_like_a_run_although_its_beginning_is_gone(cut: Window) -> None:
@@ -120,4 +120,4 @@ def test_a_chain_of_causes_ends_where_the_window_begins(cut: Window) -> None:
 
 def test_the_newest_requests_only(cut: Window) -> None:
     names = list(cut.requests)
-    assert list(Window(cut.started, cut.log_events, newest=3).requests) == names[-3:]
+    assert list(Window([cut.started], cut.log_events, newest=3).requests) == names[-3:]

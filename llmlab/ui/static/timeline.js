@@ -602,13 +602,13 @@ class View {
     this.speed.value = this.model.get("speed");
     this.drawOver(); this.drawLines(); this.drawStrip(); this.drawWall();
     const m = b.meta, tokens = s.prefill[row] < 0 ? s.decode[row] : s.prefill[row] + s.decode[row];
-    const budget = this.budget(s.start[row] ?? 0), full = m.num_blocks && s.used[row] > 0.95 * m.num_blocks;
+    const budget = this.budget(s.start[row] ?? 0), blocks = this.pool(s.start[row] ?? 0), full = blocks && s.used[row] > 0.95 * blocks;
     const tile = (name, value, hot = false) => [name, String(value), hot];
     this.showTiles(b.length ? [
       tile("step", s.step[row].toLocaleString("en")), tile("clock", this.moment(s.start[row])),
       tile("step time", this.secs(s.end[row] - s.start[row])), ...(s.predicted[row] >= 0 ? [tile("predicted", this.secs(s.predicted[row]))] : []),
       tile(budget ? `tokens of ${budget}` : "tokens", tokens), tile("running", s.running[row]), tile("waiting", s.waiting[row]),
-      tile("KV in use", m.num_blocks ? Math.round(100 * s.used[row] / m.num_blocks) + "%" : s.used[row], full)] :
+      tile("KV in use", blocks ? Math.round(100 * s.used[row] / blocks) + "%" : s.used[row], full)] :
       [tile("steps", "are recorded from log_level=1 on")]);
     this.drawLog();
     this.over.setAttribute("aria-valuemin", s.step[0] ?? 0); this.over.setAttribute("aria-valuemax", s.step.at(-1) ?? 0);
@@ -668,7 +668,7 @@ class View {
     if (b.length && b.meta.num_blocks) {
       const peak = new Float32Array(Math.ceil(wide) + 1);
       for (let i = 0; i < b.length; i++) {
-        const share = s.used[i] / b.meta.num_blocks, from = Math.floor(x(s.start[i]) - left), to = Math.floor(x(s.end[i]) - left);
+        const share = s.used[i] / this.pool(s.start[i]), from = Math.floor(x(s.start[i]) - left), to = Math.floor(x(s.end[i]) - left);
         for (let p = Math.max(0, from); p <= to && p < peak.length; p++) if (share > peak[p]) peak[p] = share;
       }
       g.globalAlpha = 0.55; g.fillStyle = c.mute;
@@ -812,6 +812,11 @@ class View {
     this.stripNote.textContent = (budget ? (shownBudget ? `dashed: budget ${budget}` : `budget ${budget}, far above`) : "") + (known || !b.length ? "" : "; prefill and decode are told apart from log_level=2 on");
   }
 
+  pool(time) { // blocks in service at this instant
+    const pools = this.book.meta.pools || [];
+    return (pools.findLast(([from]) => from <= time) || pools[0] || [0, this.book.meta.num_blocks])[1];
+  }
+
   budget(time) { // tokens that a step may have at this instant
     const budgets = this.book.meta.budgets || [];
     return (budgets.findLast(([from]) => from <= time) || budgets[0] || [0, 0])[1];
@@ -855,8 +860,9 @@ class View {
       if (value >= 0 && value & 1) { g.fillStyle = c.owner_ink; g.fillRect(x + size * 0.3, y + size * 0.3, size * 0.4, size * 0.4); }
     }
     g.globalAlpha = 1;
-    this.wallNote.textContent = `${b.steps.used[this.row]} of ${total} in use`;
-    this.wallNote.style.color = b.steps.used[this.row] > 0.95 * total ? "var(--hot)" : "";
+    const service = this.pool(b.steps.start[this.row]);
+    this.wallNote.textContent = `${b.steps.used[this.row]} of ${service} in use` + (service < total ? `, ${total - service} out of service` : "");
+    this.wallNote.style.color = b.steps.used[this.row] > 0.95 * service ? "var(--hot)" : "";
     const fill = (background, word) => make("span", {}, make("i", { style: `background:${background}` }), word);
     const hatched = `repeating-linear-gradient(135deg,${c.cached} 0 1.5px,${c.grid} 1.5px 4px)`;
     this.wallSmall.replaceChildren(...(m.wall === "blocks" ? [fill(hatched, "free, but findable"), fill(`radial-gradient(circle,${c.owner_ink} 30%,${c.owners[0]} 32%)`, "shared"), fill(c.grid, "free")]

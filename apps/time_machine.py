@@ -1,0 +1,84 @@
+import marimo
+
+__generated_with = "0.25.2"
+app = marimo.App(width="full", app_title="Time machine")
+
+with app.setup:
+    from pathlib import Path
+
+    import marimo as mo
+
+    from llmlab.applab import pages, traces, words
+    from llmlab.ui.widget import Timeline
+
+
+@app.cell(hide_code=True)
+def _():
+    pages.heading("time_machine")
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    here = traces.traces_here(Path.cwd())
+    chosen = mo.ui.dropdown(list(here), value="shipped: first-look", label="trace")
+    path = mo.ui.text(placeholder="or the path of a file", full_width=True)
+    upload = mo.ui.file(kind="button", label="or upload one", max_size=50_000_000)
+    mo.hstack([chosen, path, upload], justify="start", gap=1, widths=[0, 1, 0], align="center")
+    return chosen, here, path, upload
+
+
+@app.cell(hide_code=True)
+def _(chosen, here, path, upload):
+    if upload.value:
+        trace = traces.uploaded(upload.value[0].name, upload.value[0].contents)
+    else:
+        trace = traces.opened(path.value.strip() or here[chosen.value])
+    mo.stop(trace.run is None, mo.callout(mo.md(f"**This cannot be opened.** {trace.problem}"), kind="danger"))
+    run = trace.run
+    mo.callout(mo.md(trace.note), kind="warn") if trace.note else None
+    return (run,)
+
+
+@app.cell(hide_code=True)
+def _(run):
+    shown = mo.ui.anywidget(Timeline(run, theme=pages.page_theme()))
+    shown
+    return (shown,)
+
+
+@app.cell(hide_code=True)
+def _(run, shown):
+    step = traces.finished_step(run, int(shown.value.get("step", -1)))
+    mo.md(f"### What was decided in step {step}\n\n{traces.decision_table(run, step)}")
+    return (step,)
+
+
+@app.cell(hide_code=True)
+def _():
+    seam = mo.ui.dropdown(list(traces.FORKED_SEAMS), value="victim", label="let it go on from here with another")
+    return (seam,)
+
+
+@app.cell(hide_code=True)
+def _(run, seam):
+    policy = mo.ui.dropdown(traces.choices(run, seam.value), value=traces.choices(run, seam.value)[0], label="namely")
+    return (policy,)
+
+
+@app.cell(hide_code=True)
+def _(policy, seam, step):
+    fork = mo.ui.run_button(label=f"Fork after step {step}")
+    mo.hstack([seam, policy, fork], justify="start", gap=1)
+    return (fork,)
+
+
+@app.cell(hide_code=True)
+def _(fork, policy, run, seam, step):
+    mo.stop(not fork.value, mo.md("A fork replays the recorded history up to that step and simulates what follows."))
+    words.forked(run, step, seam.value, policy.value, pages.page_theme())
+    return
+
+
+if __name__ == "__main__":
+    app.run()

@@ -1,0 +1,140 @@
+"""Two set-ups on one roofline: what a step costs, what fits, what techniques would change. All numbers are modelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from llmlab.ui.chart import seconds
+from roofline import charts
+from roofline.cost import StepCost
+from roofline.energy import split
+from roofline.errors import RooflineError
+from roofline.lenses import Case, Comparison, compare, standard
+from roofline.memory import DoesNotFit, MemoryPlan, plan
+from roofline.rows import Rows
+
+MACHINES = ("t4", "a10", "a100", "h100", "h200")
+MODELS = ("lab-s", "llama-2-7b", "llama-3.1-8b", "llama-3.1-70b", "qwen3-8b", "qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v2-lite")
+WIDTHS = ("fp16", "w8a16", "w4a16")
+
+
+class SetUp(msgspec.Struct, frozen=True):
+    """A model on a machine under a batch."""
+
+    model: str = "llama-3.1-8b"
+    machine: str = "a100"
+    width: str = "fp16"
+    batch: int = 8
+    context: int = 1024
+    prefill: bool = False
+
+    @property
+    def case(self) -> Case:
+        """Raises RooflineError for numbers that the machine has no peak for."""
+        rows = Rows.prefill(*[self.context] * self.batch) if self.prefill else Rows.decode(self.batch, self.context)
+        return Case.of(self.model, self.machine, rows, self.width, tokens=rows.tokens)
+
+    @property
+    def label(self) -> str:
+        what = "prefill" if self.prefill else "decode"
+        return f"{what} of {self.batch}, {self.model} {self.width}, {self.machine}"
+
+
+class Priced(msgspec.Struct, frozen=True):
+    """One set-up with all that is shown of it. `fits`: the plan, or a sentence on what is missing."""
+
+    name: str
+    setup: SetUp
+    case: Any
+    step: Any
+    fits: Any
+
+    @property
+    def tokens_per_second(self) -> float:
+        return float(self.case.tokens / self.step.seconds)
+
+    @property
+    def joules_per_token(self) -> float:
+        return float(split(self.step).total / self.case.tokens)
+
+
+def priced(name: str, setup: SetUp) -> Priced:
+    """Price a set-up. Raises RooflineError."""
+    case = setup.case
+    step = case.model().step(case.rows)
+    fits: MemoryPlan | str
+    try:
+        fits = plan(case.shape, case.hardware, case.precision)
+    except DoesNotFit as error:
+        fits = str(error)
+    return Priced(name, setup, case, step, fits)
+
+
+def roofline_chart(a: Priced, b: Priced) -> Any:
+    """Both steps on one roofline; with two machines, both ceilings."""
+    steps: dict[str, StepCost] = {a.setup.label: a.step}
+    if b.setup != a.setup:
+        steps[b.setup.label] = b.step
+    others = [b.case.hardware] if b.case.hardware.name != a.case.hardware.name else []
+    return charts.roofline(steps, others)
+
+
+def finding(a: Priced, b: Priced) -> str:
+    """The difference of the two in one sentence."""
+    if a.setup == b.setup:
+        return (f"{a.setup.label}: a step takes {seconds(a.step.seconds)}, most of it {a.step.bound}; "
+                f"{a.tokens_per_second:,.0f} tokens/s, {a.joules_per_token:.3g} J a token")  # fmt: skip
+    ratio = b.tokens_per_second / a.tokens_per_second
+    words = f"B makes {ratio:.2f} times the tokens per second of A" if ratio >= 1 else f"A makes {1 / ratio:.2f} times the tokens per second of B"
+    energy = b.joules_per_token / a.joules_per_token
+    return f"{words}, and B needs {energy:.2f} times the energy for each; A is bound by {a.step.bound}, B by {b.step.bound}"
+
+
+def table(both: Sequence[Priced]) -> str:
+    """A and B side by side, as Markdown."""
+    facts: Mapping[str, Any] = {
+        "what": lambda p: p.setup.label,
+        "a step takes": lambda p: f"{seconds(p.step.seconds)}, bound by {p.step.bound}",
+        "tokens per second": lambda p: f"{p.tokens_per_second:,.0f}",
+        "joules per token": lambda p: f"{p.joules_per_token:.3g}",
+        "share of peak arithmetic": lambda p: f"{p.step.flops / p.step.seconds / p.case.hardware.peak_of(p.case.precision.linear_format):.1%}",
+        "share of memory bandwidth": lambda p: f"{p.step.bytes_hbm / p.step.seconds / p.case.hardware.bandwidth:.1%}",
+        "what fits": _fits,
+    }
+    lines = ["| | " + " | ".join(p.name for p in both) + " |", "|---|" + "---|" * len(both)]
+    lines += [f"| {name} | " + " | ".join(of(p) for p in both) + " |" for name, of in facts.items()]
+    return "\n".join(lines)
+
+
+def _fits(p: Priced) -> str:
+    if isinstance(p.fits, str):
+        return p.fits.replace("|", "/")
+    return f"{p.fits.tokens:,} tokens of KV: {p.fits.sequences(p.setup.context):,} requests of {p.setup.context:,}"
+
+
+def gains(p: Priced, names: Sequence[str]) -> list[Comparison]:
+    """Each of the named techniques before and after; those that do not suit the case are left out."""
+    found = []
+    for lens in standard(p.case):
+        if lens.name in names:
+            try:
+                found.append(compare(lens, p.case))
+            except RooflineError:
+                continue
+    return found
+
+
+def lens_names(p: Priced) -> list[str]:
+    """The techniques that suit a set-up."""
+    return [lens.name for lens in standard(p.case)]
+
+
+def memory_chart(both: Sequence[Priced]) -> Any:
+    """What fits into the memory of A and of B; None if neither model fits."""
+    plans = [p.fits for p in both if not isinstance(p.fits, str)]
+    if len(plans) == 2 and both[0].setup == both[1].setup:
+        plans = plans[:1]
+    return charts.memory_bar(plans, both[0].setup.batch * both[0].setup.context) if plans else None

@@ -1,0 +1,70 @@
+"""The timeline of an engine that never ends, and the thread that keeps it fresh. Needs the package anywidget."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+from llmlab.applab.live import LiveEngine
+from llmlab.types import LabError
+from llmlab.ui.offline import answer
+from llmlab.ui.widget import Timeline
+
+BEAT = 0.05  # seconds between two batches of events: 20 a second
+BEATS_PER_ANSWER = 20  # while somebody reads why an unfinished request is late
+KEPT_STEPS = 1500  # that a page can scroll back
+
+
+class LiveTimeline(Timeline):
+    """What `LiveTimeline.of(live)` shows is the newest part of the engine's log; `why` is answered from it, too."""
+
+    _engine: LiveEngine
+
+    @classmethod
+    def of(cls, live: LiveEngine, **traits: Any) -> LiveTimeline:
+        """The timeline of a loaded engine."""
+        assert live.engine is not None and live.started is not None, "wait_until_ready comes first"
+        log = live.engine.log
+        widget = cls.live(log, KEPT_STEPS, live.started, **traits)
+        widget._engine = live
+        if log.first_seq > 0:
+            for event in live.opening(next(iter(log)))[1:]:
+                widget.tell(event)
+        return widget
+
+    def answer_again(self) -> None:
+        """Bring the answer on the page up to date, if it is about a request that has not finished."""
+        letter = self._engine.letters.get(self.selected)
+        if letter is not None and not letter.finished:
+            self.send(self._answer(self.selected))
+
+    def _answer(self, request: str) -> dict[str, Any]:
+        try:
+            window = self._engine.window()
+            assert window is not None
+            return {**answer(window, request), "growing": True}
+        except LabError as error:
+            waiting = request in self._engine.letters and not self._engine.letters[request].finished
+            said = f"{request} has not been seen by the scheduler yet." if waiting else str(error)
+            return {"type": "why", "request": request, "headline": said, "stretches": [], "growing": True}
+
+
+class Pump:
+    """Keeps a timeline fresh, and its engine awake, for as long as somebody holds this object. A page holds it in a
+    variable of a cell: marimo lets go of those when the page is closed or the cell runs again."""
+
+    def __init__(self, live: LiveEngine, timeline: LiveTimeline) -> None:
+        stop = threading.Event()
+        weakref.finalize(self, stop.set)
+        threading.Thread(target=_keep_fresh, args=(live, timeline, stop), name="llmlab-pump", daemon=True).start()
+
+
+def _keep_fresh(live: LiveEngine, timeline: LiveTimeline, stop: threading.Event) -> None:
+    beats = 0
+    with live.watching():
+        while not stop.wait(BEAT) and not live.ended:
+            timeline.pull()
+            beats += 1
+            if beats % BEATS_PER_ANSWER == 0:
+                timeline.answer_again()
