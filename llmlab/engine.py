@@ -352,4 +352,4 @@ def checked_request(request: Request) -> Request:
 def sampled_interval(interval: int, num_blocks: int) -> int:
     """Steps between two integrity checks. A check looks at every block, so large pools are checked less often
     unless every step was asked for (1); 0 means never."""
-    return interval if interval <= 1 else max(interval, num_blocks // 16)
+    return interval if interval <= 1 else max(interval, num_blocks // 4)

@@ -123,12 +123,14 @@ class SimExecutor:
         self._busy_until = 0.0
         self._timelines = Timelines()
         self._pending = Pending()
+        self._ahead: dict[str, tuple[int, Sequence[int]]] = {}  # by request: tokens from a position on, drawn together
 
     def submit(self, batch: StepBatch) -> Ticket:
         now = self._clock.now()
         for name in batch.forget:
             self._pending.joins.pop(name, None)
             self._texts.pop(name, None)
+            self._ahead.pop(name, None)
         spans, durations = self._place(batch, now)
         results = tuple(self._result(row) for row in batch.rows)
         if self._drafting is not None:
@@ -196,8 +198,10 @@ class SimExecutor:
 
     # --------------------------------------------------------------------- what leaps ask (llmlab.scheduling.steady)
     def start(self) -> float | None:
-        """When the next step would begin; None while earlier ones have left something running."""
+        """When the next step would begin; None while earlier ones have left something running, or with drafts."""
         now = self._clock.now()
+        if self._drafting is not None:
+            return None
         self._pending.prune(now)
         return None if self._busy_until > now or self._pending.copies or self._pending.joins else now
 
@@ -218,21 +222,29 @@ class SimExecutor:
         self._clock.advance_to(t)
 
     def _result(self, row: Row) -> ItemResult:
-        if row.item.emit != "sample":
-            return ItemResult(row.item.request)
         item = row.item
+        if item.emit != "sample":
+            return ItemResult(item.request)
+        if not item.drafts:
+            return ItemResult(item.request, (self._token(row.request, item.tokens[1]),))
         at = item.tokens[1] - len(item.drafts)
-        found = [self._tokens.token(row.request, at)]
+        found = [self._token(row.request, at)]
         while len(accepted_path(item, found)) == len(found):
-            found.append(self._tokens.token(row.request, at + len(found)))
+            found.append(self._token(row.request, at + len(found)))
         return ItemResult(item.request, tuple(found))
+
+    def _token(self, request: Request, position: int) -> int:
+        start, ahead = self._ahead.get(request.id, (0, ()))
+        if not start <= position < start + len(ahead):
+            start, ahead = self._ahead[request.id] = position, self.tokens(request, position, CHUNK)
+        return ahead[position - start]
 
     def _known(self, row: Row, result: ItemResult) -> list[int]:
         """A request's tokens behind a row."""
         request, item = row.request, row.item
         text = self._texts.setdefault(request.id, list(request.prompt_token_ids))
         stop = item.tokens[1] - len(item.drafts) + len(result.token_ids)
-        text += [self._tokens.token(request, position) for position in range(len(text), stop)]
+        text += [self._token(request, position) for position in range(len(text), stop)]
         return text if item.emit == "sample" else text[:stop]
 
     def describe(self) -> dict[str, Any]:

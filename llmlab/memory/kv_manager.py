@@ -163,10 +163,18 @@ class KVManager:
             self._extend(seq, table, (), missing, cause)
         return Reserved(stop)
 
+    def covers(self, seq: Sequence, stop: int) -> bool:
+        """Whether a running request has memory of its own up to `stop` tokens, so that `grow` would change nothing."""
+        blocks = self.tables[seq.request.id].block_ids
+        first = seq.num_computed_tokens // self.block_size
+        return first + 1 == len(blocks) and len(blocks) * self.block_size >= stop and self.pool.refs[blocks[first]] == 1
+
     def extend(self, seq: Sequence, count: int) -> None:
         """`count` more blocks for a running request; the caller has seen that they are there."""
-        if count:
+        if self._hashed and count:
             self._extend(seq, self.tables[seq.id], (), count, seq.cause)
+        elif count:  # blocks are not logged one by one
+            self.tables[seq.request.id].block_ids.extend([self.pool.take()[0] for _ in range(count)])
 
     @property
     def caching(self) -> bool:

@@ -40,9 +40,22 @@ def slimmed(offers: Iterable[WorkItem], budget: int) -> Iterable[WorkItem]:
     return [o.shortened(o.num_committed + min(level, len(o.drafts))) for o in offers]
 
 
+def fill_after(decodes: list[WorkItem], others: Iterable[WorkItem], limits: Limits) -> list[WorkItem]:
+    """`fill` of decodes and then of others, at less cost where the decodes need no cutting."""
+    budget, seats = limits.max_num_batched_tokens - len(decodes), limits.max_num_seqs - len(decodes)
+    if budget < 0 or seats < 0 or any([offer.drafts for offer in decodes]):  # noqa: C419  a list is faster here
+        return fill([*decodes, *others], limits.max_num_batched_tokens, limits.max_num_seqs)
+    return decodes + fill(others, budget, seats)
+
+
 def split(offers: Sequence[WorkItem]) -> tuple[list[WorkItem], list[WorkItem]]:
     """Offers of one token and its drafts (decodes) and longer ones (prompts, or what is left of them)."""
-    return [o for o in offers if o.num_committed == 1], [o for o in offers if o.num_committed > 1]
+    decodes: list[WorkItem] = []
+    prompts: list[WorkItem] = []
+    for offer in offers:
+        start, stop = offer.tokens
+        (decodes if stop - start - len(offer.drafts) == 1 else prompts).append(offer)
+    return decodes, prompts
 
 
 class Chunked:
@@ -54,11 +67,9 @@ class Chunked:
         if not offers.waiting and len(offers.running) <= view.limits.max_num_batched_tokens:
             return fill_running(view, offers)
         decodes, prompts = split(offers.running)
-        limits = view.limits
-        items = fill([*decodes, *prompts, *offers.waiting], limits.max_num_batched_tokens, limits.max_num_seqs)
+        items = fill_after(decodes, [*prompts, *offers.waiting], view.limits)
         consider_unmixed(view, items)
         return items
-
 
     def cuts(self, num_decodes: int, left: Sequence[int], limits: Limits) -> list[int]:
         """See `seams.Composer`: prompts share what the decodes leave, first come, first served."""
@@ -74,7 +85,7 @@ def fill_running(view: EngineView, offers: Offers) -> Sequence[WorkItem]:
     if all(o.num_tokens == 1 for o in offers.running):
         return offers.running
     decodes, prompts = split(offers.running)
-    items = fill([*decodes, *prompts], view.limits.max_num_batched_tokens, view.limits.max_num_seqs)
+    items = fill_after(decodes, prompts, view.limits)
     consider_unmixed(view, items)
     return items
 

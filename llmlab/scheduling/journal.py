@@ -67,6 +67,8 @@ class Journal:
     def composition(self, seam: Seam[Any], offers: Offers, items: AbstractSequence[WorkItem]) -> None:
         """A Decision, if there was anything to decide: an offer left out or cut, or an alternative priced."""
         considered = self.considered.take()
+        if not self.log.wants(ev.Decision):
+            return
         num_offers = len(offers.running) + len(offers.waiting)
         if not considered and len(items) == num_offers and items is offers.running:
             return

@@ -538,10 +538,12 @@ class Scheduler:
         was_running = dict(self.running)
         for item in items:
             seq = was_running.get(item.request)
-            if seq is not None:
-                self._grow(view, seq, item, planned)
-            else:
+            if seq is None:
                 self._start(self.sequences[item.request], item, planned)
+            elif not self._short and seq.status is RUNNING and self.memory.covers(seq, item.tokens[1]):
+                planned[item.request] = InFlight(seq, item, seq.epoch)  # the common case, at half its cost
+            else:
+                self._grow(view, seq, item, planned)
         return list(planned.values())
 
     def _grow(self, view: EngineView, seq: Sequence, item: WorkItem, planned: dict[str, InFlight]) -> None:

@@ -63,12 +63,13 @@ class Row:
 
     __slots__ = ("base", "left", "order", "output", "script", "seq", "since")
 
-    def __init__(self, order: int, seq: Sequence, script: Script) -> None:
-        self.order, self.seq, self.script = order, seq, script
-        self.base = seq.num_computed_tokens
-        self.left = len(seq.token_ids) - self.base
-        self.output = len(seq.token_ids) - seq.num_prompt_tokens
-        self.since = -1
+    script: Script
+
+    def __init__(self, order: int, seq: Sequence) -> None:
+        self.order, self.seq, self.since = order, seq, -1
+        length, self.base = len(seq.token_ids), seq.num_computed_tokens
+        self.left = length - self.base
+        self.output = length - seq.num_prompt_tokens
 
     def token(self, j: int) -> int:
         return self.script.tokens[self.output + j - self.script.first]
@@ -130,22 +131,26 @@ class Steady:
     def _rows(self) -> list[Row] | None:
         """The running requests in their order; None if one would write to a block that it shares, or owns more than it
         has filled, or is about to begin its output."""
-        s = self._scheduler
-        memory, refs, size = s.memory, s.memory.pool.refs, s.memory.block_size
+        memory = self._scheduler.memory
+        tables, refs, size, scripts = memory.tables, memory.pool.refs, memory.block_size, self._scripts
         rows = []
-        for order, seq in enumerate(s.running.values()):
-            blocks, computed = memory.tables[seq.request.id].block_ids, seq.num_computed_tokens
+        for order, seq in enumerate(self._scheduler.running.values()):
+            name = seq.request.id
+            blocks, computed = tables[name].block_ids, seq.num_computed_tokens
             if len(blocks) != -(-computed // size) or (computed % size and refs[blocks[-1]] > 1):
                 return None
-            row = Row(order, seq, self._script(seq))
+            row = Row(order, seq)
             if row.left == 1 and not row.output:  # the last token of a prompt: stands among the decodes, but is none
                 return None
+            script = scripts.get(name)
+            if script is None or script.last is None or script.first + len(script.tokens) < row.output:
+                script = self._script(seq, row.output)
+            row.script = script
             rows.append(row)
         return rows
 
-    def _script(self, seq: Sequence) -> Script:
-        """What will come, known for some steps ahead at least."""
-        number = len(seq.token_ids) - seq.num_prompt_tokens
+    def _script(self, seq: Sequence, number: int) -> Script:
+        """What comes from output `number` on, known for some steps ahead at least."""
         script = self._scripts.get(seq.request.id)
         if script is None or script.first + len(script.tokens) < number:  # unknown, or left behind by ordinary steps
             script = self._scripts[seq.request.id] = Script(number)
