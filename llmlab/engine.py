@@ -154,6 +154,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request now; it keeps the tokens that it has. Unknown or finished ids are ignored."""
+        self.settle()
         for name in self._groups.get(request_id, ()):
             if name in self._answers and self._answers[name].output.finish_reason is None:
                 self._admit_early(name)
@@ -167,6 +168,7 @@ class Engine:
         for name in changes:
             if name not in LIVE_FIELDS:
                 raise unknown_name("reconfigure", name, LIVE_FIELDS)
+        self.settle()
         config = msgspec.structs.replace(self.config, **changes)
         self.scheduler.reconfigure(changes, self.clock.now())
         self.config, self.limits = config, self.scheduler.limits
@@ -200,6 +202,17 @@ class Engine:
     # ------------------------------------------------------------------------------------ the loop
     def step(self) -> list[RequestOutput]:
         """One turn of the loop; the outputs that changed."""
+        early = self.settle()
+        if early:
+            return [*early, *(output for output in self._turn() if output not in early)]
+        return self._turn()
+
+    def settle(self) -> list[RequestOutput]:
+        """Bring everything up to date with the leaps taken, which tell of a request's tokens only when it ends; the outputs
+        that changed. `step`, `abort`, `reconfigure` and `close` do it themselves."""
+        return self._outputs(self._steady.settle()) if self._steady is not None else []
+
+    def _turn(self) -> list[RequestOutput]:
         self._ingest()
         began = time.perf_counter()
         plan = self.scheduler.schedule(self.clock.now())
@@ -215,7 +228,7 @@ class Engine:
     def leap(self) -> list[RequestOutput]:
         """As many turns of the loop as nothing can change in, taken at once; the outputs that changed. One turn where the
         future is not known: with a real executor, with steps in flight, with policies that must be asked
-        (`llmlab.scheduling.steady`). The run is the same, only the caller hears of several tokens at a time."""
+        (`llmlab.scheduling.steady`). The run is the same, only the caller hears of many tokens at a time: see `settle`."""
         self._ingest()
         if self._steady is None or self._inflight:
             return self.step()
@@ -319,6 +332,7 @@ class Engine:
         """Stop the executor and flush the trace. Idempotent."""
         if not self._closed:
             self._closed = True
+            self.settle()
             self.executor.close()
             self.log.close()
 

@@ -25,7 +25,8 @@ def token_ids_of(prompt: Prompt, tokenizer: PromptTokenizer | None) -> Sequence[
         return _need_tokenizer(tokenizer, prompt).encode(prompt)
     if isinstance(prompt, Mapping):
         if "prompt_token_ids" in prompt:
-            return list(prompt["prompt_token_ids"])
+            ids = prompt["prompt_token_ids"]
+            return ids if type(ids) is tuple else list(ids)
         if isinstance(prompt.get("prompt"), str):
             return token_ids_of(prompt["prompt"], tokenizer)
         raise RequestError("prompt", sorted(map(str, prompt)), "a dict prompt needs the key 'prompt_token_ids' or 'prompt'")

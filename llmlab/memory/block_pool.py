@@ -53,19 +53,22 @@ class BlockPool:
         """
         if self._blank:
             block, evicted = self._blank.popleft(), None
+        elif self.choose is None:
+            block, _ = self._idle.popitem(last=False)
+            evicted = self._forget(block)
         else:
-            block = self._pick_idle()
+            block = self._pick_idle(self.choose)
             del self._idle[block]
             evicted = self._forget(block)
         self.refs[block], self._num_hits[block] = 1, 0
         return block, evicted
 
-    def _pick_idle(self) -> int:
-        if self.choose is None or len(self._idle) == 1:
+    def _pick_idle(self, choose: Callable[[Sequence[BlockView]], int]) -> int:
+        if len(self._idle) == 1:
             return next(iter(self._idle))
         window = list(islice(self._idle, EVICTION_WINDOW))
         views = [BlockView(b, self._last_used[b], self._num_hits[b], self._depth[b]) for b in window]
-        return window[self.choose(views)]
+        return window[choose(views)]
 
     def _forget(self, block: int) -> bytes | None:
         block_hash = self.hashes[block]
@@ -81,17 +84,19 @@ class BlockPool:
         self.refs[block] += 1
         self._num_hits[block] += 1
 
-    def release(self, block: int) -> None:
-        """One owner less; without owners it becomes idle (findable) or blank."""
-        self.refs[block] -= 1
-        if self.refs[block] > 0:
-            return
-        self._releases += 1
-        self._last_used[block] = self._releases
-        if self.hashes[block] is None:
-            self._blank.append(block)
-        else:
-            self._idle[block] = None
+    def release(self, *blocks: int) -> None:
+        """One owner less for each; without owners a block becomes idle (findable) or blank."""
+        refs, hashes, last_used = self.refs, self.hashes, self._last_used
+        for block in blocks:
+            refs[block] -= 1
+            if refs[block] > 0:
+                continue
+            self._releases += 1
+            last_used[block] = self._releases
+            if hashes[block] is None:
+                self._blank.append(block)
+            else:
+                self._idle[block] = None
 
     def cache(self, block: int, block_hash: bytes, depth: int) -> bool:
         """Make an owned, full block findable; False if the same content is findable already."""

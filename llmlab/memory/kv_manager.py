@@ -268,8 +268,7 @@ class KVManager:
         gone = table.block_ids[keep:][::-1]
         del table.block_ids[keep:]
         if until_step is None:
-            for block in gone:
-                self.pool.release(block)
+            self.pool.release(*gone)
         else:
             self._quarantine.setdefault(until_step, []).extend(gone)
         if gone:

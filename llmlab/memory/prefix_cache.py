@@ -20,9 +20,11 @@ def chain_hashes(token_ids: AbstractSequence[int], block_size: int, known: list[
     adversary, so equal hashes may be trusted to mean equal tokens and equal context.
     """
     limit = min(limit, len(token_ids) // block_size)
-    while len(known) < limit:
-        start = len(known) * block_size
+    start, width = len(known) * block_size, 8 * block_size
+    if len(known) < limit:
+        data = array("q", token_ids[start : limit * block_size]).tobytes()
         previous = known[-1] if known else ROOT
-        tokens = array("q", token_ids[start : start + block_size]).tobytes()
-        known.append(hashlib.blake2b(previous + tokens, digest_size=16).digest())
+        for offset in range(0, len(data), width):
+            previous = hashlib.blake2b(previous + data[offset : offset + width], digest_size=16).digest()
+            known.append(previous)
     return known

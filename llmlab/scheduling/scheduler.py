@@ -217,6 +217,24 @@ class Scheduler:
         """The last token of a running request has come."""
         self._finish(seq, reason)
 
+    @property
+    def can_admit_plainly(self) -> bool:
+        """Whether letting in the head of the queue needs no copies and asks no policy that may fail."""
+        trusted = self.policies.admission.trusted and self.policies.ordering.trusted
+        return trusted and all(seq.status is Status.WAITING and seq.request.fork_of is None
+                               for seq in self.waiting.head(self._viewer.cap))  # fmt: skip
+
+    def offers_of_queue(self, now: float) -> tuple[WorkItem, ...]:
+        """Whom the admission policy lets in now."""
+        self._refresh_queue(now)
+        return self._admit(self._look(now))
+
+    def start(self, item: WorkItem) -> InFlight | None:
+        """Move a queued request to the running ones, if its memory is there, with what of `item` is to be computed."""
+        planned: dict[str, InFlight] = {}
+        self._start(self.sequences[item.request], item, planned)
+        return planned.get(item.request)
+
     def tell_plan(self, plan: StepPlan, now: float) -> int:
         """Log a step that is planned outside of `schedule`; the `seq` of its event."""
         return self._journal.planned(plan, now, len(self.running), len(self.waiting))
@@ -506,11 +524,13 @@ class Scheduler:
         if not offers.waiting:
             return
         chosen = dict.fromkeys(item.request for item in items)
-        tokens = total_tokens(items)
-        for offer in offers.waiting:
-            if offer.request not in chosen:
-                self._journal.wait(self.sequences[offer.request], "composer", f"{self.policies.composer.policy_name} gave "
-                                   f"this step to others ({tokens} of {self.limits.max_num_batched_tokens} tokens)")  # fmt: skip
+        self.tell_left_out([offer for offer in offers.waiting if offer.request not in chosen], total_tokens(items))
+
+    def tell_left_out(self, offers: AbstractSequence[WorkItem], num_tokens: int) -> None:
+        """Queued requests that a step of `num_tokens` has no place for."""
+        for offer in offers:
+            self._journal.wait(self.sequences[offer.request], "composer", f"{self.policies.composer.policy_name} gave "
+                               f"this step to others ({num_tokens} of {self.limits.max_num_batched_tokens} tokens)")  # fmt: skip
 
     # ----------------------------------------------------------------------------------- drafting
     def _ask_drafts(self, view: EngineView, items: AbstractSequence[WorkItem]) -> AbstractSequence[WorkItem]:
