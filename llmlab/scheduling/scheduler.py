@@ -560,7 +560,7 @@ class Scheduler:
             seq = was_running.get(item.request)
             if seq is None:
                 self._start(self.sequences[item.request], item, planned)
-            elif not self._short and seq.status is RUNNING and self.memory.covers(seq, item.tokens[1]):
+            elif item.home == "device" and not self._short and seq.status is RUNNING and self.memory.covers(seq, item.reach):
                 planned[item.request] = InFlight(seq, item, seq.epoch)  # the common case, at half its cost
             else:
                 self._grow(view, seq, item, planned)

@@ -152,6 +152,8 @@ class Steady:
             if len(blocks) != -(-computed // size) or (computed % size and refs[blocks[-1]] > 1):
                 return None
             row = Row(order, seq)
+            if seq.home != "device" or seq.cursor:  # left over from a placement before this one
+                return None
             if row.left == 1 and not row.output:  # the last token of a prompt: stands among the decodes, but is none
                 return None
             script = scripts.get(name)
