@@ -54,7 +54,9 @@ from roofline.memory import activation_bytes, weight_bytes
 from roofline.precision import Precision
 
 if TYPE_CHECKING:
+    from llmlab.execution.device_line import DeviceLine
     from llmlab.execution.offload import ExpertOffload
+    from llmlab.execution.torch_executor import KVCache
     from llmlab.models.loader import LoadedModel
 
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -247,7 +249,7 @@ def _torch_backend(config: EngineConfig) -> Backend:
         warn_if_foreign(find_profile(machine.name), shape, here)
     facts = ModelFacts(loaded.name, shape.vocab_size, loaded.max_model_len, loaded.eos_token_ids, shape)
     tokenizer = loaded.tokenizer if hasattr(loaded.tokenizer, "vocab_size") else None
-    cost = RooflineCost(shape, machine.name, config.block_size, precision, _host(config))
+    cost = RooflineCost(shape, machine.name, config.block_size, precision, _host(config), config.attention_plan)
     return Backend(facts, cost, machine, tokenizer, loaded, threads.why, shape.kv_bytes_per_token(precision), precision, offload)
 
 
@@ -360,7 +362,7 @@ def _sim_backend(config: EngineConfig) -> Backend:
         raise ConfigError("dtype", config.dtype, f"the profile {machine.name} was measured in {own}",
                           "Leave dtype out, or measure a profile in that format.")  # fmt: skip
     dtype = _narrowed(config, dtype, machine.name)
-    cost = RooflineCost(shape, machine.name, config.block_size, dtype, _host(config))
+    cost = RooflineCost(shape, machine.name, config.block_size, dtype, _host(config), config.attention_plan)
     facts = ModelFacts(shape.name, shape.vocab_size, config.max_model_len or 1 << 20, (shape.vocab_size - 1,), shape)
     return Backend(facts, cost, machine, None, None, "", shape.kv_bytes_per_token(dtype), dtype)
 
@@ -447,10 +449,36 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: 
         cost = wall_cost(backend.cost, config.overlap_depth)
         described = {"device": backend.hardware.name}
         return SimExecutor(cost, tokens, clock, described, config.block_size, drafting), speculation
-    from llmlab.execution.torch_executor import KVCache, TorchExecutor
+    from llmlab.execution.torch_executor import TorchExecutor
 
-    cache = KVCache(backend.loaded, num_blocks, num_host_blocks, config.block_size)
+    line = device_line(backend.loaded)
+    cache = _kv_cache(config, backend.loaded, num_blocks, num_host_blocks, line)
     speculation = real_speculation(config, setup._replace(kv_layers=cache.layers), config.kernels)
     drafter = Drafter(speculation.source, vocab_size) if speculation is not None else None
+    if line is not None and drafter is None:  # drafts are made and judged on the host: their steps are synchronous
+        from llmlab.execution.stream_executor import StreamExecutor
+
+        length = min(config.max_model_len or backend.model.max_model_len, num_blocks * config.block_size)
+        return StreamExecutor(backend.loaded, cache, config.block_size, config.seed, line, config.max_num_seqs, length,
+                              backend.offload), None  # fmt: skip
     return TorchExecutor(backend.loaded, cache, config.block_size, config.seed, asynchronous=config.overlap_depth > 0,
                          offload=backend.offload, drafter=drafter), speculation  # fmt: skip
+
+
+def _kv_cache(config: EngineConfig, loaded: LoadedModel, num_blocks: int, num_host_blocks: int, line: DeviceLine | None) -> KVCache:
+    from llmlab.execution.torch_executor import KVCache
+
+    if line is None:
+        return KVCache(loaded, num_blocks, num_host_blocks, config.block_size)
+    from llmlab.execution.stream_executor import StreamCache
+
+    return StreamCache(loaded, num_blocks, num_host_blocks, config.block_size, line)
+
+
+def device_line(loaded: LoadedModel) -> DeviceLine | None:
+    """The queue of a model's device, if it has one of its own."""
+    if loaded.device.type != "cuda":
+        return None
+    from llmlab.execution.device_line import CudaLine
+
+    return CudaLine(loaded.device)

@@ -25,7 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `quantization`: "int8" or "int4" weights ("int4-g32-sym": group and zero, too). `gpu_memory`: what the engine may
     take of the device, in bytes, as "16GB", or as the device that it stands for ("t4"). `speculation` is where drafts come
     from: a registered source ("ngram", "suffix"), the name of a draft model, or an object (`seams.DraftSource`); None
-    drafts nothing. Raises ConfigError.
+    drafts nothing. `attention_plan`: what predictions charge for attention on a GPU, see docs/gpu.md. Raises ConfigError.
     """
 
     model: str = "lab-s"
@@ -39,6 +39,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     random_weights: bool = False
     quantization: str | None = None
     gpu_memory: str | int | None = None
+    attention_plan: Literal["ideal", "balanced", "per_row"] = "ideal"
 
     block_size: int = 16
     num_blocks: int | None = None
@@ -88,6 +89,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         self._one_of("executor", ("torch", "sim"))
         self._one_of("device", ("auto", "cpu", "cuda"))
         self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
+        self._one_of("attention_plan", ("ideal", "balanced", "per_row"))
         self._one_of("kernels", ("auto", "torch", "numba", "triton"))
         self._check_rest()
 

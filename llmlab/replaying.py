@@ -48,7 +48,7 @@ def recorded_cost(run: Run, config: EngineConfig) -> RooflineCost:
     """The cost model that a run was planned with."""
     started = run.started
     return RooflineCost(Shape(**started.model["shape"]), started.hardware["name"], config.block_size,
-                        started.model["precision"], config.host)  # fmt: skip
+                        started.model["precision"], config.host, config.attention_plan)  # fmt: skip
 
 
 def recorded_draft(run: Run) -> Shape | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmlab.events.why import Stretch, Why
     from llmlab.workloads.source import Load
 
-FIELDS = ("model", "hardware", "host", "dtype", "quantization", "gpu_memory", "block_size", "num_blocks", "num_host_blocks", "enable_prefix_caching",
+FIELDS = ("model", "hardware", "host", "dtype", "quantization", "gpu_memory", "attention_plan", "block_size", "num_blocks", "num_host_blocks", "enable_prefix_caching",
           "max_num_batched_tokens", "max_num_seqs", "max_model_len", "overlap_depth", "ordering", "admission", "composer",
           "victim", "placement", "eviction", "tiering", "decoding", "seed", "log_level", "log_capacity", "check_interval",
           "policy_timeout", "num_alternatives", "view_cap")  # fmt: skip

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import llmlab
+from llmlab.execution.attention_cost import plan_cost
 from llmlab.execution.opgraph import Pending, build
 from llmlab.execution.timelines import Timelines, busy
 from llmlab.seams import CostModel, DraftOutlook
@@ -43,7 +44,7 @@ class RooflineCost:
     """
 
     def __init__(self, shape: Shape, hardware: Hardware | str, block_size: int, dtype: str | None = None,
-                 host: Hardware | str | None = None) -> None:  # fmt: skip
+                 host: Hardware | str | None = None, attention_plan: str = "ideal") -> None:  # fmt: skip
         self.shape = shape
         self.host = host
         self.name = hardware if isinstance(hardware, str) else hardware.name
@@ -56,6 +57,7 @@ class RooflineCost:
         else:
             self.model = RooflineModel(shape, hardware, dtype, efficiency=efficiency_of(get_hardware(hardware)))
         self.hardware = self.model.hardware
+        self._planned = None if isinstance(self.model, ProfileCost) else plan_cost(attention_plan, self.model)
         self._block_bytes = int(shape.kv_bytes_per_token(dtype or self.hardware.default_dtype) * block_size)
 
     def step(self, items: Sequence[WorkItem]) -> Cost:
@@ -65,7 +67,10 @@ class RooflineCost:
         return self._last[1]
 
     def _step(self, items: Sequence[WorkItem]) -> Cost:
-        cost = self.model.step(rows_of(items, self.shape.num_layers))
+        rows = rows_of(items, self.shape.num_layers)
+        cost = self.model.step(rows)
+        if self._planned is not None:
+            cost = replace(cost, seconds=cost.seconds + self._planned.extra_seconds(rows))
         if "cpu" in [item.device for item in items]:
             return split_step(items, cost, self.layers())
         return Cost(cost.seconds, cost.flops, Traffic(hbm=cost.bytes_hbm), cost.joules, cost.bound)
@@ -80,12 +85,13 @@ class RooflineCost:
         """`step(...).seconds` of rows with one new token, which see `seen` tokens each, and of `chunks` of prompts."""
         if isinstance(self.model, ProfileCost):
             return self.model.step(_plain_rows(seen, chunks, logits)).seconds
+        extra = 0.0 if self._planned is None else self._planned.extra_seconds(_plain_rows(seen, chunks, logits))
         kv = pairs = sum(seen)
         tokens = len(seen)
         for start, stop in chunks:
             query = stop - start
             tokens, kv, pairs = tokens + query, kv + stop, pairs + query * stop - query * (query - 1) // 2
-        return self.model.seconds(tokens, kv, float(pairs), logits)
+        return self.model.seconds(tokens, kv, float(pairs), logits) + extra
 
     def engine_seconds(self, items: Sequence[WorkItem]) -> float:
         """What the engine itself needs for such a step, as far as it was measured: planning, committing, answers."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -294,3 +295,21 @@ def plan_per_row(
     starts = np.concatenate(([0], np.cumsum(np.bincount(owner, minlength=programs))))
     return GridPlan(items.astype(np.int32), queue.astype(np.int32), starts.astype(np.int32),
                     merge_table(items, int(cu[-1])), 0, int(lens.max(initial=0)), load)  # fmt: skip
+
+
+class PlanCapacity(NamedTuple):
+    """The largest plan that a number of decoding rows can have: items, queued units, partial states."""
+
+    items: int
+    units: int
+    partials: int
+
+
+def plan_capacity(rows: int, heads: int, programs: int) -> PlanCapacity:
+    """Room for any `plan_grid` of `rows` rows of one query token: what a captured graph sets aside.
+
+    A row has at most one part more than its length over the limit, one for its uneven beginning, and the
+    limit is never smaller than a quarter of a program's share.
+    """
+    items = 2 * rows + -(-4 * programs // heads)
+    return PlanCapacity(items, items * heads, items)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,8 +179,31 @@ class Kernels(Protocol):
     def program(self, layers: Sequence[LayerParts], common: Common) -> LayerProgram | None:
         """Plain layers compiled to one call with the same results; None where this set has nothing to gain."""
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The lowest id of the largest logit of each row [n] int64, -1 where that is not finite."""
+
+    def draw(
+        self, logits: Tensor, temperature: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor
+    ) -> Tensor:
+        """`reference.draw`; -1 for rows whose largest logit is not finite."""
+
+    def decode_plans(
+        self, rows: int, heads: int, group: int, dim: int, windows: Sequence[int | None], device: torch.device
+    ) -> StepBuffers | None:
+        """Room for what attention derives from a step of `rows` decoding rows; None if it derives nothing
+        that a captured graph would have to read."""
+
     def describe(self) -> list[KernelChoice]:
         """Which implementation runs each operation, and why."""
+
+
+class StepBuffers(Protocol):
+    """What a kernel set derives from the lengths of a step, kept at fixed addresses."""
+
+    entries: dict[Any, Any]  # for `AttentionMetadata.derived`
+
+    def fill(self, seq_lens: np.ndarray) -> Sequence[Any]:
+        """Derive it anew for seq_lens [rows]."""
 
 
 class TorchLinear:
@@ -251,6 +275,22 @@ class BaseKernels:
         return self.gated_act(lin_gate_up(x), act)
 
     def program(self, layers: Sequence[LayerParts], common: Common) -> LayerProgram | None:
+        return None
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        values, ids = logits.max(-1)
+        return torch.where(values.isfinite(), ids, -1)
+
+    def draw(
+        self, logits: Tensor, temperature: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor
+    ) -> Tensor:
+        finite = logits.amax(-1).isfinite()
+        tokens = reference.draw(logits, temperature, min_p, top_k, top_p, uniform)
+        return torch.where(finite, tokens, -1)
+
+    def decode_plans(
+        self, rows: int, heads: int, group: int, dim: int, windows: Sequence[int | None], device: torch.device
+    ) -> StepBuffers | None:
         return None
 
     def describe(self) -> list[KernelChoice]:

@@ -18,10 +18,11 @@ from torch import Tensor
 from llmlab.kernels.capability import KernelChoice
 from llmlab.types import LabError
 
-__all__ = ["HOST", "MASKS", "AttentionMetadata", "AttentionState", "KernelChoice"]
+__all__ = ["HOST", "MASKS", "PLAN_FACTS", "AttentionMetadata", "AttentionState", "KernelChoice"]
 
 MASKS = ("causal", "full")
 HOST = "lengths on the host"
+PLAN_FACTS = "what a log keeps of the step's attention plans"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class AttentionMetadata:
       shared prefix of a cascade). A sliding window bounds the past in both.
 
     `derived` is for kernel sets: what they compute once per step and share between the layers. Its entry
-    HOST holds (cu_seqlens_q, seq_lens) as numpy arrays, so that planning never waits for a device.
+    HOST holds (cu_seqlens_q, seq_lens) as numpy arrays, so that planning never waits for a device; PLAN_FACTS
+    a list of `GridPlan.facts`, one for each plan that was made.
     """
 
     cu_seqlens_q: Tensor

@@ -5,6 +5,7 @@ What no kernel covers (odd layouts of a cache, caps that SDPA does not know) goe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +19,10 @@ from llmlab.kernels import triton_moe as moe
 from llmlab.kernels import triton_quant as quant
 from llmlab.kernels import triton_rows as rows
 from llmlab.kernels import triton_sampling as sampling
-from llmlab.kernels.attention_plan import GridPlan, plan_grid
+from llmlab.kernels.attention_plan import GridPlan, plan_capacity, plan_grid
 from llmlab.kernels.capability import Capability, Tile, decode_tile, kernel_table, power_of_two, prefill_tile
 from llmlab.kernels.dispatch import BaseKernels, ExpertsImpl, LinearImpl, TorchLinear
-from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoice
+from llmlab.kernels.layout import PLAN_FACTS, AttentionMetadata, AttentionState, KernelChoice
 from llmlab.kernels.quantized import QuantizedTensor, WidenedExperts
 from llmlab.types import LabError
 
@@ -29,11 +30,12 @@ FEW_ROWS = 8  # rows of a quantised product that are sums rather than matrix pro
 
 
 class PlanOnDevice(NamedTuple):
-    """One class of rows of a step: its plan, the tile that runs it, and the plan's arrays on the device."""
+    """One class of rows of a step: the tile that runs it, its query tokens, room for partial states (in query
+    tokens; 0: no row is divided), and the plan's arrays on the device."""
 
-    plan: GridPlan
     tile: Tile
     tokens: int
+    partials: int
     items: Tensor
     queue: Tensor
     starts: Tensor
@@ -205,8 +207,11 @@ class TritonKernels(BaseKernels):
         if key not in meta.derived:
             planned, rest = plan_step(*meta.host_lengths(), meta.mask, heads, group, dim, window, self.capability)
             device = meta.seq_lens.device
-            classes = tuple(PlanOnDevice(*p, *on_device(p[0], device)) for p in planned)
+            classes = tuple(
+                PlanOnDevice(tile, tokens, plan.num_partials, *on_device(plan, device)) for plan, tile, tokens in planned
+            )
             meta.derived[key] = StepPlans(classes, rest)
+            meta.derived.setdefault(PLAN_FACTS, []).extend(plan.facts() for plan, _, _ in planned)
         plans: StepPlans = meta.derived[key]
         return plans
 
@@ -234,6 +239,10 @@ class TritonKernels(BaseKernels):
         for row in plans.sdpa_rows:
             _sdpa_row(row, state, q, k_cache, v_cache, meta, scale, sliding_window, softcap)
         return state
+
+    def decode_plans(self, rows: int, heads: int, group: int, dim: int, windows: Sequence[int | None],
+                     device: torch.device) -> DecodePlans:  # fmt: skip
+        return DecodePlans(self.capability, rows, heads, group, dim, windows, device)
 
     # ------------------------------------------------------------------------------------ row kernels
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
@@ -322,6 +331,45 @@ class TritonKernels(BaseKernels):
         return kernel_table(self.capability, str(self._dtype).removeprefix("torch."))
 
 
+class DecodePlans:
+    """Plans of steps of `rows` decoding rows, at fixed addresses, so that a captured graph can be replayed.
+
+    `fill` makes the plan of a step and copies it there; `entries` go into `AttentionMetadata.derived`.
+    """
+
+    def __init__(self, capability: Capability, rows: int, heads: int, group: int, dim: int, windows: Sequence[int | None],
+                 device: torch.device) -> None:  # fmt: skip
+        self._rows, self._heads, self._device = rows, heads, device
+        self._tile = decode_tile(capability, dim, group)
+        self._programs = capability.units * self._tile.programs
+        room = plan_capacity(rows, heads, self._programs)
+        sizes = {"items": room.items * 6, "queue": room.units, "starts": self._programs + 1, "merges": rows * 3}
+        self._offsets = dict(zip(sizes, np.cumsum([0, *sizes.values()])[:-1].tolist(), strict=True))
+        self._size, tokens = sum(sizes.values()), self._tile.tokens(group)
+        self._tokens, self._arrays, self.entries = tokens, {}, {}
+        for window in dict.fromkeys(windows):
+            flat = torch.zeros(self._size, dtype=torch.int32, device=device)
+            items, queue, starts, merges = flat.split(list(sizes.values()))
+            plan = PlanOnDevice(self._tile, tokens, room.partials, items.view(-1, 6), queue, starts, merges.view(-1, 3))
+            self._arrays[window] = flat
+            self.entries["grid", heads, group, dim, window] = StepPlans((plan,), ())
+
+    def fill(self, seq_lens: np.ndarray) -> list[GridPlan]:
+        """Plan a step: seq_lens [rows]. Returns the plans, one for each window."""
+        plans = []
+        for window, flat in self._arrays.items():
+            plan = plan_grid(np.arange(self._rows + 1), seq_lens, heads=self._heads, programs=self._programs,
+                             tile=self._tokens, window=window)  # fmt: skip
+            host = torch.empty(self._size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+            array = host.numpy()
+            for name, offset in self._offsets.items():
+                part = getattr(plan, name).reshape(-1)
+                array[offset : offset + part.size] = part
+            flat.copy_(host, non_blocking=True)
+            plans.append(plan)
+        return plans
+
+
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum); the sum is x itself without a residual."""
     width, x = x.shape[-1], x.contiguous()
@@ -351,7 +399,7 @@ def _lines_dense(cache: Tensor) -> bool:
 def _attend(planned: PlanOnDevice, state: AttentionState, q: Tensor, k_cache: Tensor, v_cache: Tensor,
             meta: AttentionMetadata, scale: float, window: int | None, softcap: float | None) -> None:  # fmt: skip
     (tokens, hq, dim), heads, tile = q.shape, k_cache.shape[1], planned.tile
-    width, partials = power_of_two(dim), max(1, planned.plan.num_partials)
+    width, partials = power_of_two(dim), max(1, planned.partials)
     part_out = torch.empty(partials, hq, dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(partials, hq, dtype=torch.float32, device=q.device)
     sizes: dict[str, Any] = {"HEADS": heads, "GROUP": hq // heads, "D": dim, "D_PAD": width, "BLOCK_SIZE": k_cache.shape[2]}
@@ -361,7 +409,7 @@ def _attend(planned: PlanOnDevice, state: AttentionState, q: Tensor, k_cache: Te
         v_cache.stride(0), v_cache.stride(1), meta.block_tables.stride(0), scale, softcap or 1.0, **sizes, WINDOW=window or 0,
         CAUSAL=meta.mask == "causal", SOFTCAP=softcap is not None, TILE=planned.tokens, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         TENSOR_CORES=tile.tensor_cores, num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
-    if planned.plan.num_partials:
+    if planned.partials:
         attention.merge_partials[(tokens, hq)](part_out, part_lse, planned.merges, state.out, state.lse, HEADS_Q=hq, D=dim,
                                                D_PAD=width, num_warps=1)  # fmt: skip
 

@@ -8,11 +8,15 @@ import torch
 from kernels_util import Case, build, expected
 from torch import Tensor
 
+from llmlab.execution.decode_graph import DecodeGraphs, DecodeRow
+from llmlab.execution.device_line import HostLine
 from llmlab.kernels import reference
 from llmlab.kernels.capability import Capability, capability_of
+from llmlab.kernels.dispatch import TorchKernels
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.kernels.quantized import QuantSpec, quantize_tensor
 from llmlab.kernels.triton_kernels import TritonKernels, sort_pairs
+from llmlab.models.loader import load_model
 
 SMALL = {name: capability_of(name)._replace(units=3) for name in ("t4", "h100")}  # few programs: rows are divided
 
@@ -60,7 +64,7 @@ def test_attention(name: str, card: Capability) -> None:
 def test_a_divided_row_is_merged_and_really_was_divided(kernels: TritonKernels) -> None:
     built = build(CASES["decoding"])
     plans = kernels.plans(built.meta, 2, 2, 32, None)
-    assert plans.classes[0].plan.num_divided >= 1 and plans.classes[0].plan.num_partials >= 2
+    assert plans.classes[0].partials >= 2 and int(plans.classes[0].merges[:, 2].max()) >= 2
 
 
 # The interpreter multiplies bfloat16 matrices as if they were integers, so only sums in registers are tested in it.
@@ -192,3 +196,36 @@ def test_draws_are_those_of_the_reference(kernels: TritonKernels, seed: int) -> 
         logits = (logits * 2).round() / 2  # many ties, broken by id
     arguments = _draws(logits)
     assert kernels.draw(*arguments).tolist() == reference.draw(*arguments).tolist()
+
+
+# ------------------------------------------------------------------------------------- a whole model
+def test_a_model_prefills_and_decodes_in_a_graph_as_with_the_reference() -> None:
+    """The plan of the second step lies where that of the first lay, as a recorded graph needs it."""
+    prompts, tables = ([5, 6, 7, 8] * 5, [9, 3, 4]), [[0, 3], [1]]
+    seen = []
+    for kernels in (TorchKernels(), TritonKernels(SMALL["h100"]), TritonKernels(SMALL["t4"])):
+        loaded = load_model("lab-xs", "float32", kernels=kernels, random_weights=True)
+        shape, line = loaded.shape, HostLine()
+        size = (6, shape.num_kv_heads, 16, shape.head_dim)
+        caches = [(torch.zeros(size), torch.zeros(size)) for _ in range(shape.num_layers)]
+        lens = [len(p) for p in prompts]
+        meta = AttentionMetadata.build(lens, lens, tables, 16)
+        positions = torch.cat([torch.arange(n) for n in lens])
+        last = torch.zeros(4, dtype=torch.int64)
+        with torch.inference_mode():
+            hidden = loaded.model.forward(loaded.model.embed(torch.tensor([*prompts[0], *prompts[1]])), positions, meta, caches)
+            graphs = DecodeGraphs(loaded.model, caches, last, 3, 48, 16, line)
+            tokens = [11, 12]
+            logits = [loaded.model.logits(hidden)]
+            steps = []
+            for step in range(2):
+                rows = [DecodeRow(tokens[i] if step == 0 else 0, -1 if step == 0 else i + 1, lens[i] + step, tuple(tables[i]),
+                                  i + 1, (0.0, 0.0, 0.0, 1.0, 0.0)) for i in range(2)]  # fmt: skip
+                steps.append(graphs.run(rows).tolist())  # type: ignore[union-attr]
+        assert graphs.recorded == [(2, False)]
+        seen.append((logits[0], steps, caches))
+    for logits_, steps, caches in seen[1:]:
+        torch.testing.assert_close(logits_, seen[0][0], atol=2e-4, rtol=1e-4)
+        assert steps == seen[0][1]
+        for pair, want in zip(caches, seen[0][2]):
+            torch.testing.assert_close(pair[0], want[0], atol=2e-4, rtol=1e-4)

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmlab import EngineConfig
+from llmlab.execution.cost import RooflineCost
 from llmlab.kernels.attention_plan import (
     PARTIAL,
     ROUND,
@@ -31,8 +33,8 @@ from llmlab.kernels.capability import (
     of_compute,
     prefill_tile,
 )
-from llmlab.types import ConfigError
-from roofline import hardware
+from llmlab.types import ConfigError, Span, WorkItem
+from roofline import hardware, shapes
 
 ROWS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 900)), min_size=1, max_size=12)
 
@@ -155,3 +157,28 @@ def test_tiles_hold_whole_groups(card: str, group: int) -> None:
     capability = capability_of(card)
     for tile in (decode_tile(capability, 128, group), prefill_tile(capability, 128, group)):
         assert tile.tokens(group) * group <= tile.block_m
+
+
+# --------------------------------------------------------------------------------- what a simulator charges
+def test_the_plan_of_a_step_changes_what_it_costs() -> None:
+    """One long row among short ones: a perfect deal, the kernels' plan, and no plan at all."""
+
+    def seconds(plan: str, lens: list[int]) -> float:
+        cost = RooflineCost(shapes.get("llama-3.1-8b"), "h100", 16, attention_plan=plan)
+        items = [WorkItem(f"r{i}", Span(n - 1, n)) for i, n in enumerate(lens)]
+        plain = cost.seconds(lens, [], len(lens))
+        assert plain == pytest.approx(cost.step(items).seconds, rel=1e-9)  # the simulator leaps at the same price
+        return plain
+
+    long, even = [100_000, *[300] * 15], [1000] * 33
+    ideal, planned, naive = (seconds(plan, long) for plan in ("ideal", "balanced", "per_row"))
+    assert ideal < planned < 1.2 * ideal and naive > 2 * planned
+    ideal, planned, naive = (seconds(plan, even) for plan in ("ideal", "balanced", "per_row"))
+    assert ideal <= planned <= naive < 1.2 * ideal
+
+
+def test_only_a_gpu_has_a_grid() -> None:
+    with pytest.raises(ConfigError, match="no GPU"):
+        RooflineCost(shapes.get("llama-2-7b"), "cpu-2core", 16, attention_plan="balanced")
+    with pytest.raises(ConfigError, match="attention_plan"):
+        EngineConfig(attention_plan="best")  # type: ignore[arg-type]
