@@ -8,7 +8,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llmlab.cli import apps, checks, comparing, listing, profiles, roofs, serving, simulating, sweeping, touring, traces
+from llmlab.cli import (
+    apps,
+    checks,
+    comparing,
+    listing,
+    papers,
+    profiles,
+    roofs,
+    serving,
+    simulating,
+    sweeping,
+    touring,
+    traces,
+)
 from llmlab.types import LabError
 from roofline.errors import RooflineError
 
@@ -74,4 +87,5 @@ checks.add_to(app)
 roofs.add_to(app)
 profiles.add_to(app)
 traces.add_to(app)
+papers.add_to(app)
 listing.add_to(app)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,7 +131,7 @@ def load_routing(name: str | Path) -> RoutingTrace:
             weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-9)
             return RoutingTrace(str(data["model"]), int(data["num_experts"]), data["experts"], weights, data["guess"],
                                 data["starts"], data["prompts"])  # fmt: skip
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         if isinstance(error, LabError):
             raise
         raise TraceError("routing", str(path), f"cannot be read ({error})", "Record it again.") from None
