@@ -69,7 +69,7 @@ class StepSlice(msgspec.Struct, frozen=True):
 
 # --------------------------------------------------------------------------------------- the steps
 class StepFold:
-    """Folds events into StepSlices. A step's beginning is when it was planned, or, below level 2, its end less its
+    """Folds events into StepSlices, also those of the leaps of a simulation. A step's beginning is when it was planned, or, below level 2, its end less its
     measured time; never before the end of the step ahead of it, so that overlapped steps do not overlap."""
 
     def __init__(self) -> None:
@@ -78,9 +78,11 @@ class StepFold:
         self._answering: dict[str, bool] = {}
         self._num_blocks = 0
         self._end = float("-inf")
+        self._leaping: dict[str, tuple[float, ...]] = {}
+        self._after = (0, 0)
 
-    def write(self, event: ev.Event) -> StepSlice | None:
-        """Take in one event; the slice that it completes, if any."""
+    def write(self, event: ev.Event) -> list[StepSlice]:
+        """Take in one event; the slices that it completes: one of a step, as many as it has steps of a leap."""
         if isinstance(event, ev.StepPlanned):
             self._plans[event.seq] = event
         elif isinstance(event, ev.RunStarted):
@@ -89,10 +91,47 @@ class StepFold:
             self._num_blocks = int(event.changes.get("num_blocks") or self._num_blocks)
         elif isinstance(event, ev.RequestAdmitted):
             self._answering[event.request or ""] = False
+        elif isinstance(event, (ev.RequestPreempted, ev.RequestFinished)):
+            self._stop(event.request or "")
+        elif isinstance(event, ev.TokensReleased) and event.times:
+            self._leaping[event.request or ""] = event.times
         elif isinstance(event, ev.StepFinished):
-            self.slices.append(self._slice(event, self._plans.pop(event.plan, None)))
-            return self.slices[-1]
-        return None
+            return self._add([self._slice(event, self._plans.pop(event.plan, None))])
+        elif isinstance(event, ev.Leapt):
+            return self._add(list(self._leap(event)))
+        return []
+
+    def _stop(self, name: str) -> None:
+        """It gives up before its first token: no leap computes its prompt any more."""
+        if not self._answering.get(name, True) and name not in self._leaping:
+            del self._answering[name]
+
+    def _add(self, slices: list[StepSlice]) -> list[StepSlice]:
+        self.slices += slices
+        self._after = (slices[-1].num_running, slices[-1].num_waiting) if slices else self._after
+        return slices
+
+    def _leap(self, event: ev.Leapt) -> Iterator[StepSlice]:
+        """The steps of a leap, from the times of the tokens. What is left of its query tokens belongs to prompts and is
+        shared among the steps in which one was computed; a request without a token yet computes its prompt."""
+        leaping, self._leaping = self._leaping, {}
+        ends = _step_ends(event, max(leaping.values(), key=len, default=(event.t,)))
+        since = {name: event.num_steps - len(times) for name, times in leaping.items()}
+        prompts = [[name for name, known in self._answering.items() if not known and since.get(name, i) >= i] for i in range(len(ends))]
+        busy = sum(map(bool, prompts))
+        left = event.num_tokens - sum(len(times) - (not self._answering.get(name, True)) for name, times in leaping.items())
+        for i, end in enumerate(ends):
+            start = max(self._end, ends[i - 1] if i else ends[0] - event.seconds / event.num_steps)
+            tokens = [name for name, first in since.items() if first <= i]
+            kinds: dict[str, SpanKind] = dict.fromkeys(prompts[i], "prefill")
+            kinds |= {name: "decode" for name in tokens if name not in kinds}
+            share, left = (-(-left // busy), left - -(-left // busy)) if prompts[i] and busy else (0, left)
+            busy -= bool(prompts[i])
+            decoding = sum(kind == "decode" for kind in kinds.values())
+            self._end = end
+            yield StepSlice(event.step - event.num_steps + 1 + i, min(start, end), end, decoding + share, len(kinds),
+                            self._after[1], event.used_blocks, end - min(start, end), kinds)  # fmt: skip
+        self._answering |= dict.fromkeys(leaping, True)
 
     def _slice(self, event: ev.StepFinished, plan: ev.StepPlanned | None) -> StepSlice:
         start = plan.t if plan is not None else event.t - event.measured.execute
@@ -119,6 +158,12 @@ class StepFold:
         if result.token_ids:
             self._answering[result.request] = True
         return "decode" if answering else "prefill"
+
+
+def _step_ends(leap: ev.Leapt, known: tuple[float, ...]) -> tuple[float, ...]:
+    """When each step of a leap ended. Steps before the first token of anybody took equally long, as far as is known."""
+    begin, missing = leap.t - leap.seconds, leap.num_steps - len(known)
+    return *(begin + (known[0] - begin) * (i + 1) / (missing + 1) for i in range(missing)), *known
 
 
 def step_slices(run: Run) -> list[StepSlice]:
@@ -173,12 +218,12 @@ def request_spans(run: Run) -> dict[str, list[RequestSpan]]:
     lives: dict[str, _Life] = {}
     steps = StepFold()
     for event in run.log_events:
-        piece = steps.write(event)
-        if piece is not None:
+        pieces = steps.write(event)
+        for number, piece in enumerate(pieces, len(steps.slices) - len(pieces) + 1):
             for name in piece.kinds:
                 if name in lives:
-                    lives[name].take_part(piece, len(steps.slices))
-        elif isinstance(event, ev.RequestArrived):
+                    lives[name].take_part(piece, number)
+        if isinstance(event, ev.RequestArrived):
             begin = min(event.spec.arrival, event.t)  # aborted before its arrival: it never waited
             lives[event.spec.id] = _Life(event.spec.id, begin, begin)
         elif isinstance(event, ev.FirstToken):

@@ -130,10 +130,10 @@ def usage(run: Run) -> list[Usage]:
 def _usage_of_steps(run: Run) -> list[Usage]:
     total = int(run.started.config.get("num_blocks") or 0)
     points = []
-    for event in run.events(ev.StepPlanned, ev.StepFinished, ev.Reconfigured):
+    for event in run.events(ev.StepPlanned, ev.StepFinished, ev.Leapt, ev.Reconfigured):
         if isinstance(event, ev.Reconfigured):
             total = int(event.changes.get("num_blocks") or total)
-        elif isinstance(event, ev.StepFinished):
+        elif isinstance(event, (ev.StepFinished, ev.Leapt)):
             points.append(Usage(event.t, event.used_blocks))
         elif total and event.items:
             points.append(Usage(event.t, total - event.free_blocks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmlab.events import catalog as ev
 from llmlab.ui.chart import count, data, percent, sentence, setting, title
 from llmlab.ui.theme import roles
 
@@ -14,26 +15,36 @@ _CELL = 22
 
 
 class Traffic(NamedTuple):
-    """One expert of one layer: how often it was fetched and evicted, and the bytes that came for it."""
+    """One expert of one layer: how often it was fetched because a step needed it (`demand`) or in advance (`prefetch`), how
+    often it left again, how often it had come in vain, and the bytes that came for it. Loading at the start counts as
+    neither."""
 
     layer: int
     expert: int
-    fetched: int
-    evicted: int
-    bytes: int
+    demand: int = 0
+    prefetch: int = 0
+    evicted: int = 0
+    unused: int = 0
+    bytes: int = 0
+
+    @property
+    def fetched(self) -> int:
+        return self.demand + self.prefetch
+
+    def with_event(self, event: ev.ExpertFetched | ev.ExpertEvicted) -> Traffic:
+        if isinstance(event, ev.ExpertEvicted):
+            return self._replace(evicted=self.evicted + 1, unused=self.unused + event.unused)
+        demand = event.reason == "demand"
+        return self._replace(demand=self.demand + demand, prefetch=self.prefetch + (not demand), bytes=self.bytes + event.bytes)
 
 
 def expert_traffic(run: Run) -> list[Traffic]:
-    """By layer and expert; only those that ever moved."""
+    """By layer and expert; only those that ever moved after the start."""
     found: dict[tuple[int, int], Traffic] = {}
-    for e in run.log_events:
-        kind = type(e).__name__
-        if kind not in ("ExpertFetched", "ExpertEvicted"):
-            continue
-        key = (int(e.layer), int(e.expert))  # type: ignore[attr-defined]
-        now, came = found.get(key, Traffic(*key, 0, 0, 0)), kind == "ExpertFetched"
-        found[key] = now._replace(fetched=now.fetched + came, evicted=now.evicted + (not came),
-                                  bytes=now.bytes + (int(getattr(e, "bytes", 0)) if came else 0))  # fmt: skip
+    for event in run.log_events:
+        if isinstance(event, ev.ExpertEvicted) or (isinstance(event, ev.ExpertFetched) and event.reason != "initial"):
+            key = event.layer, event.expert
+            found[key] = found.get(key, Traffic(*key)).with_event(event)
     return [found[key] for key in sorted(found)]
 
 
@@ -42,17 +53,20 @@ def expert_heat_map(run: Run) -> Any:
     more it moved, the more of its cell is filled."""
     traffic = expert_traffic(run)
     if not traffic:
-        return sentence("Which experts move: none did", "No expert was fetched or evicted in this run: the model has none, or all "
-                        "of them stay on the device, or the log level leaves it out.", setting(run))  # fmt: skip
+        why = ("Experts that come and go are recorded from log_level=3 on." if run.started.level < 3 else
+               "No expert was fetched or evicted after the start: the model has none, or all of them stay on the device.")  # fmt: skip
+        return sentence("Which experts move: nothing to show", why, setting(run))
     import altair as alt
 
     c, most = roles(), max(t.fetched for t in traffic)
     experts, layers = 1 + max(t.expert for t in traffic), 1 + max(t.layer for t in traffic)
-    rows = [{"layer": t.layer, "expert": t.expert, "fetched": t.fetched, "evicted": t.evicted, "mb": t.bytes / 1e6} for t in traffic]
+    rows = [{"layer": t.layer, "expert": t.expert, "fetched": t.fetched, "demand": t.demand, "evicted": t.evicted,
+             "unused": t.unused, "mb": t.bytes / 1e6} for t in traffic]  # fmt: skip
     x = alt.X("expert:O", title="expert", scale=alt.Scale(domain=list(range(experts))), axis=alt.Axis(labelAngle=0, labelOverlap=True))
     y = alt.Y("layer:O", title="layer", scale=alt.Scale(domain=list(range(layers))), axis=alt.Axis(labelOverlap=True))
     heat = alt.Color("fetched:Q", title="times fetched", scale=alt.Scale(domain=[0, most], range=[c.grid, c.transfer]))
-    told = [alt.Tooltip("layer:O"), alt.Tooltip("expert:O"), alt.Tooltip("fetched:Q"), alt.Tooltip("evicted:Q"),
+    told = [alt.Tooltip("layer:O"), alt.Tooltip("expert:O"), alt.Tooltip("fetched:Q"), alt.Tooltip("demand:Q", title="on demand"),
+            alt.Tooltip("evicted:Q"), alt.Tooltip("unused:Q", title="in vain"),
             alt.Tooltip("mb:Q", title="MB fetched", format=".3~g")]  # fmt: skip
     base = alt.Chart(data(rows)).encode(x=x, y=y, tooltip=told)
     drawn = [base.mark_rect(stroke=c.paper, strokeWidth=1.5).encode(color=heat)]
@@ -67,11 +81,9 @@ def expert_heat_map(run: Run) -> Any:
 
 def finding(traffic: list[Traffic]) -> str:
     """The sentence above the map."""
-    fetched = sum(t.fetched for t in traffic)
-    busiest = sorted((t.fetched for t in traffic), reverse=True)
-    tenth = max(1, len(traffic) // 10)
-    share = percent(sum(busiest[:tenth]) / fetched) if fetched else "none"
-    who = "the busiest expert takes" if tenth == 1 else f"the busiest {tenth} of {len(traffic)} take"
-    moved = sum(t.bytes for t in traffic)
-    gigabytes = f", {moved / 1e9:.3g} GB" if moved else ""
-    return f"Which experts move: {count(fetched, 'fetch').replace('fetchs', 'fetches')}{gigabytes}; {who} {share} of them"
+    fetched, demand = sum(t.fetched for t in traffic), sum(t.demand for t in traffic)
+    vain = sum(t.unused for t in traffic)
+    gigabytes = f" ({sum(t.bytes for t in traffic) / 1e9:.3g} GB)" if fetched else ""
+    how = f", {percent(demand / fetched)} of them on demand" if fetched else ""
+    return (f"Which experts move: {fetched} fetch{'' if fetched == 1 else 'es'}{gigabytes}{how}"
+            + (f"; {count(vain, 'expert')} left unused" if vain else ""))  # fmt: skip

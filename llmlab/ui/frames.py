@@ -217,14 +217,14 @@ class Frames:
     def write(self, event: ev.Event) -> None:
         """Take in one event."""
         self._now = max(self._now, event.t)
-        piece = self._fold.write(event)
+        pieces = self._fold.write(event)
         self._notes += self._notes_fold.write(event)
         handler = _HANDLERS.get(type(event))
         if handler is not None:
             handler(self, event)
-        if piece is not None:
-            self._fold.slices.clear()
+        for piece in pieces:
             self._finish(piece, event)
+        self._fold.slices.clear()
 
     def close(self) -> None:
         pass
@@ -353,7 +353,6 @@ class Frames:
         return changes
 
     def _finish(self, piece: StepSlice, event: ev.Event) -> None:
-        assert isinstance(event, ev.StepFinished)
         row = self._first_row + len(self._rows)
         for name in piece.kinds:
             bar = self._bars.get(name)
@@ -367,7 +366,7 @@ class Frames:
         decode = piece.num_tokens if piece.decode_tokens is None else piece.decode_tokens
         predicted = None if piece.predicted is None else ticks(piece.predicted)
         self._rows.append(_Row(piece.step, ticks(piece.start), ticks(piece.end), prefill, decode, running, waiting, used, predicted))
-        self._walls.append(self._plans.pop(event.plan, []))
+        self._walls.append(self._plans.pop(event.plan, []) if isinstance(event, ev.StepFinished) else [])
         if self.keep is not None and len(self._rows) > self.keep + self.keep // 4:
             self._forget(len(self._rows) - self.keep)
 

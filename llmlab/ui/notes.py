@@ -39,7 +39,8 @@ class Notes:
     """Folds events into notes. Evictions, of which a step may have hundreds, become one sentence a step."""
 
     def __init__(self) -> None:
-        self._evicted: list[ev.Decision | ev.BlockEvicted] = []
+        self._evicted: list[ev.Decision] = []
+        self._verified: list[ev.Verified] = []
         self._let_in: dict[str, None] = {}
         self._waits = -1  # seq of the last decision to wait, which says why
 
@@ -47,6 +48,10 @@ class Notes:
         """The notes that this event completes."""
         if isinstance(event, ev.StepPlanned):
             return self._evictions(event)
+        if isinstance(event, ev.Verified):
+            self._verified.append(event)
+        if isinstance(event, ev.StepFinished):
+            return self._verifications(event)
         if isinstance(event, ev.Decision):
             return self._decision(event)
         if isinstance(event, ev.RequestAdmitted):
@@ -81,9 +86,19 @@ class Notes:
         if not evicted:
             return []
         first = evicted[0]
-        assert isinstance(first, ev.Decision)
         text = f"{first.policy} gave away {count(len(evicted), 'cached block')}, first {first.chosen}"
         return [Note(plan.step, first.t, "evict", first.request, text, seq=first.seq)]
+
+
+    def _verifications(self, step: ev.StepFinished) -> list[Note]:
+        """What drafting brought in this step, over all requests."""
+        verified, self._verified = self._verified, []
+        if not verified:
+            return []
+        held, lost = sum(len(e.accepted) for e in verified), sum(len(e.rejected) for e in verified)
+        one = verified[0].request if len(verified) == 1 else None
+        text = f"{held} of {count(held + lost, 'drafted token')} held" + ("" if one else f", in {count(len(verified), 'request')}")
+        return [Note(step.step, step.t, "draft", one, text, seq=verified[0].seq)]
 
 
 def _decided(event: ev.Decision) -> Note:
@@ -110,6 +125,10 @@ def _said(event: ev.Event) -> Sequence[str] | None:
         return "preempt", f"preempted {for_whom}: {lost}"
     if isinstance(event, ev.RequestResumed):
         return "resume", f"back on the device with {count(event.num_tokens, 'token')}"
+    if isinstance(event, ev.RequestRehomed):
+        return "move", f"{count(event.num_blocks, 'block')} of KV go to the {event.home}; it goes on there"
+    if isinstance(event, ev.ResourceLost):
+        return "failed", f"{event.resource} is lost; others compute what it was given"
     if isinstance(event, ev.RequestFinished):
         tokens = count(event.num_output_tokens, "token")
         return "finish", f"{tokens}, {event.reason}" + (f": {event.detail}" if event.detail else "")

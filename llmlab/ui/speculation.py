@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmlab.events import catalog as ev
 from llmlab.ui.chart import WIDTH, count, data, percent, sentence, setting, title
 from llmlab.ui.theme import roles
 
@@ -33,8 +34,8 @@ class Verification(NamedTuple):
 
 def verifications(run: Run) -> list[Verification]:
     """All verifications in order; empty if nothing was drafted or the log level is below 2."""
-    return [Verification(e.request or "", e.t, len(e.accepted), len(e.rejected), int(e.bonus is not None))  # type: ignore[attr-defined]
-            for e in run.log_events if type(e).__name__ == "Verified"]  # fmt: skip
+    return [Verification(e.request or "", e.t, len(e.accepted), len(e.rejected), int(e.bonus is not None))
+            for e in run.log_events if isinstance(e, ev.Verified)]  # fmt: skip
 
 
 def speculation_strip(run: Run, requests: Sequence[str] | None = None) -> Any:

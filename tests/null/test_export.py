@@ -208,3 +208,20 @@ def test_files_at_every_level_also_without_requests(level, n, tmp_path):
 def test_a_path_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(TraceError, match="nowhere"):
         write_perfetto(simulate(n=1), tmp_path / "nowhere" / "trace.json")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_leaps_of_a_simulation_are_the_steps_that_level_two_records(seed: int) -> None:
+    """Below level 2 a simulation logs leaps; the same requests do the same at (nearly) the same times."""
+    def lives(level: int) -> tuple[dict[str, list[tuple[str, int]]], list[float], int]:
+        config = llmlab.EngineConfig(model="llama-2-7b", executor="sim", hardware="a100", log_level=level, num_blocks=300)
+        load = llmlab.Workload.poisson(rate=3, n=12, prompt="lognormal:300,1.0", output="lognormal:100,0.8", seed=seed)
+        run = llmlab.run(config, load)
+        assert bool(run.events("Leapt")) == (level < 2)
+        spans = {name: merge_spans(own) for name, own in request_spans(run).items()}
+        told = {name: [(s.kind, s.steps) for s in own if s.kind != "waiting"] for name, own in spans.items()}
+        return told, [s.end for own in spans.values() for s in own if s.kind != "waiting"], sum(s.num_tokens for s in step_slices(run))
+
+    (kinds, ends, tokens), (true_kinds, true_ends, true_tokens) = lives(1), lives(2)
+    assert kinds == true_kinds and tokens == true_tokens
+    assert ends == pytest.approx(true_ends, abs=1e-4)

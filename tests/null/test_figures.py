@@ -26,23 +26,6 @@ from llmlab.ui.tradeoffs import frontier_points, roofline_dots
 from roofline import hardware
 
 
-class Verified(ev.Event, frozen=True, tag="Verified"):
-    accepted: tuple[int, ...] = ()
-    rejected: tuple[int, ...] = ()
-    bonus: int | None = None
-
-
-class ExpertFetched(ev.Event, frozen=True, tag="ExpertFetched"):
-    layer: int
-    expert: int
-    bytes: int = 0
-
-
-class ExpertEvicted(ev.Event, frozen=True, tag="ExpertEvicted"):
-    layer: int
-    expert: int
-
-
 def with_events(run: llmlab.Run, extra: list[Any]) -> llmlab.Run:
     """The run, with events that it did not log."""
     first = len(run.log_events)
@@ -51,7 +34,7 @@ def with_events(run: llmlab.Run, extra: list[Any]) -> llmlab.Run:
 
 def drafted(run: llmlab.Run) -> llmlab.Run:
     rng, t = random.Random(0), run.log_events[-1].t
-    return with_events(run, [Verified(seq=0, t=t, request=f"r{i % 4}", accepted=tuple(range(n)), rejected=tuple(range(5 - n)), bonus=1)
+    return with_events(run, [ev.Verified(seq=0, t=t, request=f"r{i % 4}", accepted=tuple(range(n)), rejected=tuple(range(5 - n)), bonus=1)
                              for i, n in enumerate(rng.randrange(6) for _ in range(60))])  # fmt: skip
 
 
@@ -72,7 +55,7 @@ def run() -> llmlab.Run:
 
 def charts(run: llmlab.Run) -> dict[str, Any]:
     victim = next(e.seq for e in run.events("Decision") if e.seam == "victim")
-    moved = [ExpertFetched(seq=0, t=1.0, layer=i % 3, expert=i % 5, bytes=1000) for i in range(30)]
+    moved = [ev.ExpertFetched(seq=0, t=1.0, layer=i % 3, expert=i % 5, bytes=1000, reason="demand") for i in range(30)]
     return {
         "gantt": lambda: figures.resource_gantt(spans(run)), "gantt of a run": lambda: figures.resource_gantt(simulate(log_level=4, tiering="swap")),
         "speculation": lambda: figures.speculation_strip(drafted(run)), "experts": lambda: figures.expert_heat_map(with_events(run, moved)),
@@ -157,10 +140,14 @@ def test_speculation_counts_tokens(run: llmlab.Run) -> None:
 
 
 def test_expert_traffic_is_counted_by_layer_and_expert(run: llmlab.Run) -> None:
-    extra = [ExpertFetched(seq=0, t=1.0, layer=1, expert=2, bytes=10), ExpertEvicted(seq=0, t=1.0, layer=1, expert=2),
-             ExpertFetched(seq=0, t=1.0, layer=1, expert=2, bytes=10), ExpertFetched(seq=0, t=1.0, layer=0, expert=3, bytes=5)]  # fmt: skip
-    assert [tuple(t) for t in expert_traffic(with_events(run, extra))] == [(0, 3, 1, 0, 5), (1, 2, 2, 1, 20)]
-    assert "3 fetches" in words(figures.expert_heat_map(with_events(run, extra)).to_dict())
+    def came(layer: int, expert: int, reason: str) -> ev.ExpertFetched:
+        return ev.ExpertFetched(seq=0, t=1.0, layer=layer, expert=expert, bytes=10, reason=reason)
+
+    extra = [came(1, 2, "initial"), came(1, 2, "demand"), ev.ExpertEvicted(seq=0, t=1.0, layer=1, expert=2, unused=True),
+             came(1, 2, "prefetch"), came(0, 3, "demand"), came(2, 2, "initial")]  # fmt: skip
+    assert [tuple(t) for t in expert_traffic(with_events(run, extra))] == [(0, 3, 1, 0, 0, 0, 10), (1, 2, 1, 1, 1, 1, 20)]
+    text = words(figures.expert_heat_map(with_events(run, extra)).to_dict())
+    assert "3 fetches" in text and "67% of them on demand" in text and "1 expert left unused" in text
 
 
 # ------------------------------------------------------------------------------------- tradeoffs

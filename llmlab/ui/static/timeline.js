@@ -752,7 +752,7 @@ class View {
   labels(g, shown, h, width, x, z) {
     const c = this.c, every = h >= 11 ? 1 : Math.ceil(13 / h), chosen = this.model.get("selected");
     shown.forEach((r, i) => {
-      const y = 4 + i * h + h / 2, mine = r.id === chosen || r === this.hover;
+      const y = Math.max(7, 4 + i * h + h / 2), mine = r.id === chosen || r === this.hover;
       if (i % every === 0 || mine) {
         g.textAlign = "right"; g.fillStyle = mine ? c.ink : c.mute;
         const name = r.id.length > 6 ? "…" + r.id.slice(-5) : r.id;
@@ -916,7 +916,7 @@ class View {
     const li = make("li", {}, `or ${option}${notes.length ? ": " + notes.join(", ") : ""}`);
     const key = `${note.seq}/${option}`, call = this.forks.get(key);
     if (call) li.append(make("div", {}, make("code", {}, call)));
-    else if (this.model.get("_forks") && feasible && ["victim", "memory", "order"].includes(note.kind)) {
+    else if (this.model.get("_forks") && feasible && ["victim", "memory"].includes(note.kind)) {
       li.append(make("button", { type: "button", title: "Print the call that forks the run here with this option", onclick: () => this.model.send({ type: "fork", seq: note.seq, option, key }) }, "fork here"));
     }
     return li;
