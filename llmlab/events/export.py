@@ -78,8 +78,12 @@ class StepFold:
         self._answering: dict[str, bool] = {}
         self._num_blocks = 0
         self._end = float("-inf")
-        self._leaping: dict[str, tuple[float, ...]] = {}
-        self._after = (0, 0)
+        self._waiting = 0
+        self._running: dict[str, None] = {}
+        # Since the last step: who was let in, got a first token, ended, and when.
+        self._joined: dict[str, float] = {}
+        self._first: dict[str, float] = {}
+        self._ended: list[str] = []
 
     def write(self, event: ev.Event) -> list[StepSlice]:
         """Take in one event; the slices that it completes: one of a step, as many as it has steps of a leap."""
@@ -89,49 +93,53 @@ class StepFold:
             self._num_blocks = int(event.config.get("num_blocks") or 0)
         elif isinstance(event, ev.Reconfigured):
             self._num_blocks = int(event.changes.get("num_blocks") or self._num_blocks)
-        elif isinstance(event, ev.RequestAdmitted):
-            self._answering[event.request or ""] = False
-        elif isinstance(event, (ev.RequestPreempted, ev.RequestFinished)):
-            self._stop(event.request or "")
-        elif isinstance(event, ev.TokensReleased) and event.times:
-            self._leaping[event.request or ""] = event.times
         elif isinstance(event, ev.StepFinished):
             return self._add([self._slice(event, self._plans.pop(event.plan, None))])
         elif isinstance(event, ev.Leapt):
             return self._add(list(self._leap(event)))
+        elif event.request is not None:
+            self._note(event, event.request)
         return []
 
-    def _stop(self, name: str) -> None:
-        """It gives up before its first token: no leap computes its prompt any more."""
-        if not self._answering.get(name, True) and name not in self._leaping:
-            del self._answering[name]
+    def _note(self, event: ev.Event, name: str) -> None:
+        """Who runs, for the steps of a leap, which the log does not list."""
+        if isinstance(event, (ev.RequestAdmitted, ev.RequestResumed)):
+            self._running[name], self._joined[name] = None, event.t
+            if isinstance(event, ev.RequestAdmitted):
+                self._answering[name] = False
+        elif isinstance(event, ev.RequestPreempted):
+            self._running.pop(name, None)
+        elif isinstance(event, ev.FirstToken):
+            self._first[name] = event.t
+        elif isinstance(event, ev.RequestFinished):
+            self._ended.append(name)
 
     def _add(self, slices: list[StepSlice]) -> list[StepSlice]:
         self.slices += slices
-        self._after = (slices[-1].num_running, slices[-1].num_waiting) if slices else self._after
+        self._waiting = slices[-1].num_waiting if slices else self._waiting
+        for name in self._ended:
+            self._running.pop(name, None)
+            self._answering.pop(name, None)
+        self._joined, self._first, self._ended = {}, {}, []
         return slices
 
     def _leap(self, event: ev.Leapt) -> Iterator[StepSlice]:
-        """The steps of a leap, from the times of the tokens. What is left of its query tokens belongs to prompts and is
-        shared among the steps in which one was computed; a request without a token yet computes its prompt."""
-        leaping, self._leaping = self._leaping, {}
-        ends = _step_ends(event, max(leaping.values(), key=len, default=(event.t,)))
-        since = {name: event.num_steps - len(times) for name, times in leaping.items()}
-        prompts = [[name for name, known in self._answering.items() if not known and since.get(name, i) >= i] for i in range(len(ends))]
-        busy = sum(map(bool, prompts))
-        left = event.num_tokens - sum(len(times) - (not self._answering.get(name, True)) for name, times in leaping.items())
+        """The steps of a leap. Everybody who runs goes on; first tokens and admissions fall on the ends of steps, between
+        which the log does not tell where one ends: they share time and tokens evenly."""
+        begin = min(event.t, max(self._end, event.t - event.seconds))
+        ends = _step_ends(begin, event.t, [*self._first.values(), *self._joined.values()], event.num_steps)
+        least, more = divmod(event.num_tokens, event.num_steps)
         for i, end in enumerate(ends):
-            start = max(self._end, ends[i - 1] if i else ends[0] - event.seconds / event.num_steps)
-            tokens = [name for name, first in since.items() if first <= i]
-            kinds: dict[str, SpanKind] = dict.fromkeys(prompts[i], "prefill")
-            kinds |= {name: "decode" for name in tokens if name not in kinds}
-            share, left = (-(-left // busy), left - -(-left // busy)) if prompts[i] and busy else (0, left)
-            busy -= bool(prompts[i])
-            decoding = sum(kind == "decode" for kind in kinds.values())
-            self._end = end
-            yield StepSlice(event.step - event.num_steps + 1 + i, min(start, end), end, decoding + share, len(kinds),
-                            self._after[1], event.used_blocks, end - min(start, end), kinds)  # fmt: skip
-        self._answering |= dict.fromkeys(leaping, True)
+            start = ends[i - 1] if i else begin
+            kinds = {name: self._kind_at(name, (start + end) / 2) for name in self._running
+                     if self._joined.get(name, begin) <= (start + end) / 2}  # fmt: skip
+            yield StepSlice(event.step - event.num_steps + 1 + i, start, end, least + (i < more), len(kinds), self._waiting,
+                            event.used_blocks, end - start, kinds)  # fmt: skip
+        self._end = event.t
+        self._answering |= dict.fromkeys(self._first, True)
+
+    def _kind_at(self, name: str, t: float) -> SpanKind:
+        return "decode" if self._answering.get(name) or self._first.get(name, t + 1) <= t else "prefill"
 
     def _slice(self, event: ev.StepFinished, plan: ev.StepPlanned | None) -> StepSlice:
         start = plan.t if plan is not None else event.t - event.measured.execute
@@ -160,10 +168,18 @@ class StepFold:
         return "decode" if answering else "prefill"
 
 
-def _step_ends(leap: ev.Leapt, known: tuple[float, ...]) -> tuple[float, ...]:
-    """When each step of a leap ended. Steps before the first token of anybody took equally long, as far as is known."""
-    begin, missing = leap.t - leap.seconds, leap.num_steps - len(known)
-    return *(begin + (known[0] - begin) * (i + 1) / (missing + 1) for i in range(missing)), *known
+def _step_ends(begin: float, end: float, known: Iterable[float], num_steps: int) -> list[float]:
+    """`num_steps` ends of steps up to `end`, the `known` ones among them (as many as there is room for); the stretches
+    between those are divided evenly, into steps of about the same length."""
+    marks = [*sorted({t for t in known if begin < t < end})[: num_steps - 1], end]
+    ends: list[float] = []
+    for i, mark in enumerate(marks):
+        start = ends[-1] if ends else begin
+        left = num_steps - len(ends) - (len(marks) - 1 - i)  # every later stretch needs one
+        share = left if i == len(marks) - 1 else max(1, min(left, round((num_steps - len(ends)) * (mark - start) / (end - start))))
+        ends += [start + (mark - start) * (k + 1) / share for k in range(share)]
+        ends[-1] = mark
+    return ends
 
 
 def step_slices(run: Run) -> list[StepSlice]:

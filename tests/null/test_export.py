@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmlab
-from llmlab.events.export import merge_spans, output_tokens, perfetto_trace, request_spans, step_slices, write_perfetto
+from llmlab.events.export import (
+    _step_ends,
+    merge_spans,
+    output_tokens,
+    perfetto_trace,
+    request_spans,
+    step_slices,
+    write_perfetto,
+)
 from llmlab.types import SamplingParams, TraceError
 
 
@@ -211,17 +219,30 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_leaps_of_a_simulation_are_the_steps_that_level_two_records(seed: int) -> None:
-    """Below level 2 a simulation logs leaps; the same requests do the same at (nearly) the same times."""
-    def lives(level: int) -> tuple[dict[str, list[tuple[str, int]]], list[float], int]:
+def test_leaps_of_a_simulation_are_drawn_as_the_steps_that_level_two_records(seed: int) -> None:
+    """Below level 2 a simulation logs leaps: as many steps and tokens, and the same requests decode at the same times."""
+    def lives(level: int) -> tuple[dict[str, list[tuple[float, float]]], int, int, float]:
         config = llmlab.EngineConfig(model="llama-2-7b", executor="sim", hardware="a100", log_level=level, num_blocks=300)
         load = llmlab.Workload.poisson(rate=3, n=12, prompt="lognormal:300,1.0", output="lognormal:100,0.8", seed=seed)
         run = llmlab.run(config, load)
         assert bool(run.events("Leapt")) == (level < 2)
-        spans = {name: merge_spans(own) for name, own in request_spans(run).items()}
-        told = {name: [(s.kind, s.steps) for s in own if s.kind != "waiting"] for name, own in spans.items()}
-        return told, [s.end for own in spans.values() for s in own if s.kind != "waiting"], sum(s.num_tokens for s in step_slices(run))
+        slices, spans = step_slices(run), {name: merge_spans(own) for name, own in request_spans(run).items()}
+        assert all(a.end <= b.start + 1e-12 and a.start < a.end for a, b in pairwise(slices))
+        decodes = {name: [(s.start, s.end) for s in own if s.kind == "decode"] for name, own in spans.items()}
+        waiting = sum(s.seconds for own in spans.values() for s in own if s.kind == "waiting")
+        return decodes, len(slices), sum(s.num_tokens for s in slices), waiting
 
-    (kinds, ends, tokens), (true_kinds, true_ends, true_tokens) = lives(1), lives(2)
-    assert kinds == true_kinds and tokens == true_tokens
-    assert ends == pytest.approx(true_ends, abs=1e-4)
+    (decodes, steps, tokens, waiting), (true_decodes, true_steps, true_tokens, true_waiting) = lives(1), lives(2)
+    assert (steps, tokens) == (true_steps, true_tokens)
+    assert list(decodes) == list(true_decodes)
+    for name, true in true_decodes.items():
+        assert [t for pair in decodes[name] for t in pair] == pytest.approx([t for pair in true for t in pair], abs=1e-6)
+    assert waiting == pytest.approx(true_waiting, abs=0.1)
+
+
+@given(st.lists(st.floats(0.0, 10.0), max_size=6), st.integers(1, 20))
+def test_ends_of_steps_ascend_and_hold_what_is_known(known: list[float], num_steps: int) -> None:
+    ends = _step_ends(0.0, 10.0, known, num_steps)
+    inside = sorted({t for t in known if 0 < t < 10})
+    assert len(ends) == num_steps and ends[-1] == 10.0 and all(a <= b for a, b in pairwise(ends))
+    assert set(inside[: num_steps - 1]) <= set(ends)
