@@ -22,6 +22,7 @@ from llmlab.execution.base import Done, Row, StepBatch, Ticket
 from llmlab.execution.drafting import Drafter
 from llmlab.execution.hybrid import Hybrid
 from llmlab.execution.offload import ExpertOffload, LayerWindow
+from llmlab.kernels import pages
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.models.loader import LoadedModel
 from llmlab.types import Durations, ItemResult, Move, RequestError, Span, StepResult, TokenLogprobs, WorkItem
@@ -52,6 +53,8 @@ class KVCache:
 
     def _pair(self, size: tuple[int, ...], device: torch.device | str) -> tuple[Tensor, Tensor]:
         pin = torch.device(device).type == "cpu" and self._device.type == "cuda"  # so that copies can run beside kernels
+        if torch.device(device).type == "cpu" and not pin:
+            return pages.zeros(size, self._dtype), pages.zeros(size, self._dtype)
         k, v = (torch.zeros(size, dtype=self._dtype, device=device, pin_memory=pin) for _ in range(2))
         return k, v
 
