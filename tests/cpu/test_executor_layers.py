@@ -10,7 +10,7 @@ import pytest
 from engine_util import Oracle, greedy, write_model
 
 from llmlab.execution.base import Row, StepBatch
-from llmlab.execution.torch_executor import TorchExecutor
+from llmlab.execution.torch_executor import KVCache, TorchExecutor
 from llmlab.models.loader import load_model
 from llmlab.types import ItemResult, Request, Span, StepPlan, WorkItem
 
@@ -27,7 +27,8 @@ class Bench:
     """An executor driven by hand: each request has two blocks of eight positions."""
 
     def __init__(self, directory: Path, kernels: str) -> None:
-        self.executor = TorchExecutor(load_model(directory, kernels=kernels), 8, 0, 8, seed=0, asynchronous=False)
+        loaded = load_model(directory, kernels=kernels)
+        self.executor = TorchExecutor(loaded, KVCache(loaded, 8, 0, 8), 8, seed=0, asynchronous=False)
         self.requests = {name: Request(name, i, prompt, greedy(8)) for i, (name, prompt) in
                          enumerate((("a", PROMPT), ("b", OTHER)))}  # fmt: skip
         self.step = 0
