@@ -67,6 +67,8 @@ REGISTRIES: dict[str, Registry[Any]] = {
 # The KV pool of a real engine, if nobody says how large: enough for the lab models, harmless for large ones.
 DEFAULT_KV_BYTES = 512 << 20
 
+KEPT_REQUESTS = 10_000  # that have ended, whose metrics stay one by one; older ones are added up
+
 
 class ModelFacts(NamedTuple):
     """What the core must know of a model."""
@@ -123,7 +125,7 @@ def assemble(config: EngineConfig) -> Assembly:
     num_blocks = config.num_blocks or _default_num_blocks(config, backend)
     num_host_blocks = num_blocks if config.num_host_blocks is None else config.num_host_blocks
     limits = _limits(config, backend.model, num_blocks)
-    metrics = MetricsFold()
+    metrics = MetricsFold(KEPT_REQUESTS)
     log = _log(config, clock, metrics)
     if backend.offload is not None and backend.loaded is not None:
         backend.offload.start(backend.loaded.model, _seam(config, log, "weights"), config.num_expert_slots)

@@ -236,6 +236,9 @@ class Engine:
         updates = self._steady.leap(self._future[0][0] if self._future else math.inf)
         if updates is None:
             return self.step()
+        if isinstance(self.executor, SimExecutor):  # nobody submits a batch that would tell it
+            self.executor.forget(self._forget)
+            self._forget = []
         interval, last = self._check_interval, self.scheduler.next_step - 1
         if interval and last // interval * interval >= first:
             self._check(last // interval * interval)

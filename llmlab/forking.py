@@ -96,6 +96,7 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     for name in changes:
         if name not in SEAM_FIELDS:
             raise unknown_name("fork", name, SEAM_FIELDS)
+    run.need_whole()
     if run.started.level < 2:
         raise TraceError(
             "log_level", run.started.level, "decisions were not recorded", "Record with log_level=2 or more."

@@ -21,12 +21,14 @@ def run(config: EngineConfig, workload: Load, on_output: Callable[[RequestOutput
     """
     with Engine(config) as engine:
         serve(engine, workload, on_output)
-        return Run.of(engine.log)
+        return Run.of(engine.log, engine.metrics)
 
 
-def serve(engine: Engine, workload: Load, on_output: Callable[[RequestOutput], None] | None = None) -> None:
-    """Feed `workload` to an engine and step it until nothing is left to do; in leaps where nobody watches (`on_output`) and
-    the executor allows it. Raises RequestError if all were refused."""
+def serve(engine: Engine, workload: Load, on_output: Callable[[RequestOutput], None] | None = None,
+          on_finish: Callable[[RequestOutput], None] | None = None) -> None:  # fmt: skip
+    """Feed `workload` to an engine and step it until nothing is left to do; in leaps where nobody watches every output
+    (`on_output`) and the executor allows it. `on_finish` sees those that are finished. Raises RequestError if all were
+    refused."""
     feed = Feed(engine, workload.source(engine.model.vocab_size))
     advance = engine.leap if on_output is None else engine.step
     while feed.pour():
@@ -34,6 +36,8 @@ def serve(engine: Engine, workload: Load, on_output: Callable[[RequestOutput], N
             feed.take(output)
             if on_output is not None:
                 on_output(output)
+            if on_finish is not None and output.finished:
+                on_finish(output)
     if feed.refusal is not None and not feed.num_accepted:
         raise feed.refusal
 

@@ -51,7 +51,8 @@ class RunProgress:
         """One line about now."""
         engine = self._engine
         pool = engine.scheduler.memory.pool
-        tokens = sum(r.num_output_tokens for r in engine.metrics.requests.values())
+        metrics = engine.metrics
+        tokens = metrics.past.output_tokens + sum(r.num_output_tokens for r in metrics.requests.values())
         used = (pool.num_blocks - pool.num_free) / pool.num_blocks
         rate = tokens / max(1e-9, engine.clock.now() - self._began)  # of a simulation: in its own time
         return (f"step {engine.scheduler.next_step}, {engine.num_running} running, {engine.num_waiting} waiting, "

@@ -116,13 +116,14 @@ def simulate(config: EngineConfig, workload: Load) -> Outcome:
 
         def follow(output: Any) -> None:
             nonlocal done
-            done += output.finished
+            done += 1
             progress.step(done)
             if interrupt.pressed:
                 raise KeyboardInterrupt
 
         with suppress(KeyboardInterrupt):
-            serve(engine, workload, follow)
+            serve(engine, workload, on_finish=follow)
+        engine.settle()
         whole = not interrupt.pressed
     return _outcome(engine, whole, time.perf_counter() - began)
 

@@ -15,6 +15,7 @@ from llmlab.types import ConfigError
 E = TypeVar("E", bound=Event)
 # One event takes about 200-400 bytes in memory: the default ring stays below about 80 MB.
 DEFAULT_CAPACITY = 200_000
+TOKENS_PER_EVENT = 8  # so many tokens with their times take the memory of one event
 
 
 class Sink(Protocol):
@@ -27,7 +28,8 @@ class Sink(Protocol):
 
 
 class EventLog:
-    """Events in order. Keeps the newest `capacity`; older ones are folded away by `on_drop` or lost.
+    """Events in order. Keeps the newest `capacity`; older ones are folded away by `on_drop` or lost. `started` is the very
+    first one, whatever was dropped.
 
         dropped          ring (capacity)            next seq
         0 ... first_seq | first_seq ........ next-1 | next
@@ -52,6 +54,8 @@ class EventLog:
         self._writes = tuple(sink.write for sink in sinks)
         self._on_drop = on_drop
         self._events: deque[Event] = deque()
+        self._extra = 0  # room that events of many tokens take beyond that of one event each
+        self.started: Event | None = None
 
     # -------------------------------------------------------------------------------- writing
     def emit(self, kind: type[Event], request: str | None = None, cause: int = -1, **fields: Any) -> int:
@@ -68,6 +72,7 @@ class EventLog:
         if self.level < TokensReleased.LEVEL:
             return cause
         seq = self.num_emitted
+        self._extra += len(times) // TOKENS_PER_EVENT
         self.append(TokensReleased(seq=seq, t=self._now(), step=self.step, instance=self._instance, request=request,
                                    cause=cause, token_ids=token_ids, times=times))  # fmt: skip
         return seq
@@ -83,8 +88,12 @@ class EventLog:
         events.append(event)
         for write in self._writes:
             write(event)
-        if len(events) > self.capacity:
+        if not event.seq:
+            self.started = event
+        while len(events) + self._extra > self.capacity and len(events) > 1:
             dropped = events.popleft()
+            if type(dropped) is TokensReleased:
+                self._extra -= len(dropped.times) // TOKENS_PER_EVENT
             if self._on_drop is not None:
                 self._on_drop(dropped)
 

@@ -67,6 +67,7 @@ def replay(run: Run, scheduler: Schedules, clock: ReplayClock) -> list[Differenc
 
     Raises TraceError if the run was recorded below level 2.
     """
+    run.need_whole()
     if run.started.level < 2:
         raise TraceError("log_level", run.started.level, "decisions were not recorded", "Record with log_level=2 or more.")
     for event in run.log_events:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from llmlab.events.why import Index, Why
 
 
+_MORE = "Raise log_capacity, lower log_level, or give trace=FILE and Run.load it."
+
+
 class Step(msgspec.Struct, frozen=True):
     """One step, planned and finished. Times in seconds of the run's clock; `end` is None while in flight."""
 
@@ -46,20 +49,34 @@ class Step(msgspec.Struct, frozen=True):
 class Run:
     """A finished (or still growing) run as a list of events. Immutable: take a new one to see more."""
 
-    def __init__(self, events: Sequence[ev.Event], cut: str = "") -> None:
+    def __init__(self, events: Sequence[ev.Event], cut: str = "", live: MetricsFold | None = None) -> None:
         if not events:
             raise TraceError("events", "[]", "a run needs at least its RunStarted event")
         self.log_events = tuple(events)
         self.cut = cut
+        if live is not None:
+            self._fold = live
 
     # ------------------------------------------------------------------------------ from and to files
     @classmethod
-    def of(cls, log: EventLog) -> Self:
-        """The events that a log still holds. Raises TraceError if its beginning fell out of the ring."""
-        if log.first_seq > 0:
-            raise TraceError("log_capacity", log.capacity, f"the first {log.first_seq} events fell out of the ring",
-                             "Raise log_capacity, lower log_level, or give trace=FILE and Run.load it.")  # fmt: skip
-        return cls(tuple(log))
+    def of(cls, log: EventLog, live: MetricsFold | None = None) -> Self:
+        """The events that a log still holds. If its beginning fell out of the ring, the metrics are those that were folded
+        while it ran (`live`), and what needs every event says so; raises TraceError without them."""
+        if log.first_seq == 0:
+            return cls(tuple(log))
+        if live is None or log.started is None:
+            raise TraceError("log_capacity", log.capacity, f"the first {log.first_seq} events fell out of the ring", _MORE)
+        return cls((log.started, *log), f"{log.first_seq - 1} events after the first fell out of the ring", live)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all events are here, from the first on."""
+        return len(self.log_events) == 1 or self.log_events[1].seq == self.log_events[0].seq + 1
+
+    def need_whole(self) -> None:
+        """Raise TraceError unless all events are here."""
+        if not self.whole:
+            raise TraceError("log_capacity", self.cut, "the run is too long for its log, and this needs every event", _MORE)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -69,6 +86,7 @@ class Run:
 
     def save(self, path: str | Path) -> Path:
         """Write a trace file: .jsonl, .jsonl.gz or .jsonl.zst. Raises TraceError."""
+        self.need_whole()
         write_trace(path, self.log_events)
         return Path(path)
 
@@ -108,6 +126,8 @@ class Run:
 
     def event(self, seq: int) -> ev.Event:
         """The event with this `seq`."""
+        if not self.whole and self.log_events[1].seq <= seq <= self.log_events[-1].seq:
+            return self.log_events[1 + seq - self.log_events[1].seq]
         first = self.log_events[0].seq
         if not first <= seq < first + len(self.log_events):
             raise TraceError("seq", seq, f"this run has events {first} to {first + len(self.log_events) - 1}")
@@ -147,6 +167,7 @@ class Run:
     def at(self, step: int) -> LabState:
         """The state right after `step` finished, folded from the events. Raises TraceError for a step that
         this run does not have."""
+        self.need_whole()
         state = LabState()
         for event in self.log_events:
             state.apply(event)
@@ -163,6 +184,7 @@ class Run:
         if self.started.level < 2:
             raise TraceError("log_level", self.started.level, "does not record what the state is folded from",
                              "Record with log_level=2 or more.")  # fmt: skip
+        self.need_whole()
         state, wrong = LabState(), []
         for event in self.log_events:
             state.apply(event)

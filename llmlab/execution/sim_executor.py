@@ -6,7 +6,7 @@ pseudo-random numbers keyed by (seed, request, position). Nothing here imports t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -64,7 +64,7 @@ class PseudoTokens:
 CHUNK = 64
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=1024)
 def _drawn(seed: int, vocab_size: int, request: str, chunk: int, avoided: tuple[int, ...]) -> tuple[int, ...]:
     """The tokens of positions [chunk * CHUNK, ...), drawn together, none of them in `avoided`."""
     tokens = rng.integers(seed, request, chunk, vocab_size, CHUNK)
@@ -127,15 +127,19 @@ class SimExecutor:
 
     def submit(self, batch: StepBatch) -> Ticket:
         now = self._clock.now()
-        for name in batch.forget:
-            self._pending.joins.pop(name, None)
-            self._texts.pop(name, None)
-            self._ahead.pop(name, None)
+        self.forget(batch.forget)
         spans, durations = self._place(batch, now)
         results = tuple(self._result(row) for row in batch.rows)
         if self._drafting is not None:
             results = self._drafting.drafter.extend(batch.rows, results, self._known)
         return SimTicket(StepResult(batch.plan.step, results, durations, spans), self._busy_until, self._clock)
+
+    def forget(self, requests: Iterable[str]) -> None:
+        """These have ended."""
+        for name in requests:
+            self._pending.joins.pop(name, None)
+            self._texts.pop(name, None)
+            self._ahead.pop(name, None)
 
     def resume(self, batch: StepBatch, busy_until: float) -> None:
         """Take note of a recorded step: what it left running. Those before it had ended by `busy_until`."""

@@ -15,7 +15,7 @@ from llmlab.assembly import REGISTRIES
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.events.metrics import Summary
-from llmlab.running import serve
+from llmlab.running import Feed, serve
 from llmlab.scheduling.composers import Chunked
 from llmlab.seams import EngineView, Offers
 from llmlab.types import SamplingParams, WorkItem
@@ -156,3 +156,52 @@ def test_whoever_watches_sees_every_token_when_it_comes() -> None:
     assert len(seen) == 200
     silent, watched = llmlab.run(llmlab.EngineConfig(**BASE), work), llmlab.run(llmlab.EngineConfig(**BASE), work, print)
     assert silent.log_events == watched.log_events and isinstance(silent.metrics.ttft, Summary)
+
+
+# --------------------------------------------------------------------------------- long runs, flat memory
+def test_a_fold_that_condenses_agrees_with_one_that_keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmlab.assembly.KEPT_REQUESTS", 20)
+    config = llmlab.EngineConfig(**{**BASE, "log_level": 2})
+    with Engine(config) as engine:
+        serve(engine, llmlab.Workload.poisson(rate=2000.0, n=130, seed=1))
+        condensed, whole = engine.metrics.result(), llmlab.Run.of(engine.log).metrics
+        assert len(engine.metrics.requests) < 40 and whole.num_requests > 120
+    for (name, a), (_, b) in zip(condensed.rows(), whole.rows(), strict=True):
+        assert a == b or a == pytest.approx(b, rel=6e-4), name
+
+
+def test_a_run_longer_than_its_log_has_metrics_and_says_what_it_lacks(tmp_path: Any) -> None:
+    load, file = llmlab.Workload.batch(60, prompt=8, output=8), tmp_path / "whole.jsonl.zst"
+    short = llmlab.run(llmlab.EngineConfig(**BASE, log_level=2, log_capacity=300, trace=str(file)), load)
+    whole = llmlab.Run.load(file)
+    assert short.metrics == whole.metrics and len(short.requests) == 60 and not short.whole and whole.whole
+    assert short.started == whole.started and short.event(short.log_events[-1].seq) is short.log_events[-1]
+    for lacking in (lambda: short.at(3), short.verify, lambda: short.fork(3), lambda: short.save(tmp_path / "x.jsonl")):
+        with pytest.raises(llmlab.LabError, match="fell out of the ring"):
+            lacking()
+    assert whole.at(3).step == 3
+
+
+def test_memory_does_not_grow_with_the_number_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while a request more costs its arrival and its lengths, not its tokens, times or events."""
+    import gc
+    import tracemalloc
+
+    monkeypatch.setattr("llmlab.assembly.KEPT_REQUESTS", 50)
+    config = llmlab.EngineConfig(**BASE, log_level=1, log_capacity=2000, enable_prefix_caching=False)
+    load = llmlab.Workload.poisson(rate=3000.0, n=1500, prompt=(4, 12), output=(30, 60), seed=0)
+    sizes: dict[int, int] = {}
+    with Engine(config) as engine:
+        feed = Feed(engine, load.source(engine.model.vocab_size))
+        done = 0
+        tracemalloc.start()
+        while feed.pour():
+            for output in engine.leap():
+                feed.take(output)
+                done += output.finished
+                if done in (700, 1400) and output.finished:
+                    gc.collect()
+                    sizes[done] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+    assert engine.metrics.result().num_finished == 1500
+    assert sizes[1400] - sizes[700] < 300 * 700, sizes  # a request's tokens and times alone would take 2 kB
