@@ -61,3 +61,14 @@ class Fair:
 
     def score(self, view, candidate, needy):
         return (candidate.num_preemptions, -candidate.arrival, -candidate.number)
+
+
+# %% 08
+def choose(g, h_rows, t, h, layers):
+    """The way with the highest throughput."""
+    if not h_rows:
+        return "device only"
+    step = max(t, layers * h / (layers + 1))
+    rate = {"device only": g / t, "wait": (g + h_rows) / (t + layers * h),
+            "later": g / step + h_rows / ((layers + 1) * step)}
+    return max(rate, key=rate.get)

@@ -20,6 +20,7 @@ EXERCISES: Mapping[str, str] = {
     "nucleus": "tokens:nucleus", "latencies": "times:latencies", "slot": "blocks:slot",
     "turning_batch": "costs:turning_batch", "considerate": "composing:considerate",
     "patient": "ordering:patient", "fair_victim": "victims:fair_victim",
+    "choose_way": "ways:choose_way",
 }
 MOST = 3  # sentences shown at a time: a learner mends one thing after the other
 
