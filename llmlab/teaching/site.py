@@ -68,7 +68,7 @@ def build(root: Path, pages: Path, site: Path) -> None:
         import zensical  # noqa: F401
     except ImportError:
         raise ConfigError("zensical", None, "is not installed", "pip install 'llmlab[docs]'") from None
-    config = (root / CONFIG).read_text(encoding="utf-8")
+    config = with_all_pages((root / CONFIG).read_text(encoding="utf-8"), pages)
     settings = pages.parent / CONFIG
     settings.write_text(f"docs_dir: {pages.name}\nsite_dir: {site.resolve()}\n{config}", encoding="utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict", "--config-file", str(settings)]
@@ -76,6 +76,15 @@ def build(root: Path, pages: Path, site: Path) -> None:
     if done.returncode:
         said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr).partition("Traceback")[0].strip()
         raise ConfigError("docs", str(pages), f"the site could not be built.\n{said}")
+
+
+def with_all_pages(config: str, pages: Path) -> str:
+    """The settings, whose last part is the navigation, with a section for pages that it does not name yet."""
+    names = sorted(str(path.relative_to(pages)) for path in pages.rglob("*.md"))
+    missing = [name for name in names if not re.search(rf"\s{re.escape(name)}$", config, re.MULTILINE)]
+    if not missing or "\nnav:" not in config:
+        return config
+    return config.rstrip() + "\n  - More:\n" + "".join(f"      - {name}\n" for name in missing)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
