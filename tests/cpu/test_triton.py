@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -49,3 +50,21 @@ def test_attention_compiles_and_fits_for_many_heads(card: str, head_dim: int, gr
     capability = capability_of(card)
     built = compiled(capability, head_dim, group, block_size, launch_attention)
     assert max(b.shared for b in built) <= capability.shared_kib * 1024
+
+
+def test_the_gpu_benchmark_says_that_there_is_no_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 3 and "No GPU to measure" in done.stderr and done.stdout == ""
+
+
+def test_the_gpu_benchmark_runs_through_on_a_cpu_and_calls_it_a_rehearsal() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/gpu.py", "--rehearse", "--parts", "machine", "decode", "prefill", "ttft"],
+                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["rehearsal"] and [row["batch"] for row in found["decode"]] == [1, 2] and "REHEARSAL" in done.stdout
