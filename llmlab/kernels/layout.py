@@ -107,13 +107,17 @@ class AttentionMetadata:
         queries than KV (a short prefix, seen by a longer chunk); those before the row get slot -1.
         """
         num_q, lens = np.asarray(query_lens, np.int64), np.asarray(seq_lens, np.int64)
-        if mask == "causal" and (num_q > lens).any():
+        longest = max(query_lens, default=0)
+        single = longest == min(query_lens, default=0) == 1 and min(seq_lens) > 0
+        if not single and mask == "causal" and (num_q > lens).any():
             row = int(np.argmax(num_q > lens))
             problem = f"is more than seq_lens[{row}] = {lens[row]}"
             raise LabError(f"query_lens[{row}]", int(num_q[row]), problem, "count the new tokens in both")
         tables = _rectangular(block_tables, lens, block_size)
-        longest = int(num_q.max(initial=0))
-        starts, slots = (_single_slots if longest == num_q.min(initial=1) == 1 else _slots)(num_q, lens, tables, block_size)
+        if single:
+            starts, slots = _single_slots(seq_lens, block_tables, block_size)
+        else:
+            starts, slots = _slots(num_q, lens, tables, block_size)
 
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(device)
@@ -123,7 +127,7 @@ class AttentionMetadata:
             seq_lens=tensor(lens.astype(np.int32)),
             block_tables=tensor(tables),
             slot_mapping=tensor(slots),
-            max_seqlen_q=longest,
+            max_seqlen_q=int(longest),
             mask=mask,
         )
         meta.derived[HOST] = (starts, lens)
@@ -139,12 +143,10 @@ def _slots(num_q: np.ndarray, lens: np.ndarray, tables: np.ndarray, block_size: 
     return starts, np.where(position < 0, -1, blocks * block_size + position % block_size)
 
 
-def _single_slots(num_q: np.ndarray, lens: np.ndarray, tables: np.ndarray, block_size: int
-                  ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """`_slots` of rows with one new token each, the common step."""
-    starts, position = np.arange(len(lens) + 1), lens - 1
-    index = np.maximum(position, 0) // block_size
-    return starts, np.where(position < 0, -1, tables[starts[:-1], index] * np.int64(block_size) + position - index * block_size)
+def _single_slots(lens: Sequence[int], tables: Sequence[Sequence[int]], block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`_slots` of rows with one new token each, the common step: few rows, so plain Python is done before numpy begins."""
+    slots = [table[(n - 1) // block_size] * block_size + (n - 1) % block_size for n, table in zip(lens, tables, strict=True)]
+    return np.arange(len(lens) + 1), np.array(slots, np.int64)
 
 
 def _rectangular(block_tables: Sequence[Sequence[int]], lens: np.ndarray, block_size: int) -> np.ndarray:
