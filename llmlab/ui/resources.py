@@ -146,10 +146,10 @@ def _interesting(work: Sequence[Work], whole: Window) -> Window:
     """All of a short run; otherwise a stretch of it around the longest piece of work beside the device."""
     if len(merge_work(work, MAX_SECONDS_SHARE * (whole.end - whole.start))) <= 12 and len(work) <= 60:
         return whole
-    beside = list(merge_work([w for w in work if w.resource != "device"], 1e-3 * (whole.end - whole.start)))
+    beside = [w for w in work if w.resource == "cpu"] or [w for w in work if w.resource != "device"]
     centre = max(beside, key=lambda w: w.seconds) if beside else work[len(work) // 2]
-    steps = merge_work([w for w in work if w.resource == "device"], 0.0)
-    length = max(4 * centre.seconds, 8 * sorted(w.seconds for w in steps)[len(steps) // 2])
+    pieces = merge_work([w for w in work if w.resource == "device"], 1e-3 * centre.seconds)
+    length = max(4 * centre.seconds, 8 * sorted(w.seconds for w in pieces)[len(pieces) // 2])
     start = max(whole.start, (centre.start + centre.end) / 2 - length / 2)
     return Window(start, min(whole.end, start + length))
 
