@@ -464,7 +464,7 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: 
         return StreamExecutor(backend.loaded, cache, config.block_size, config.seed, line, config.max_num_seqs, length,
                               backend.offload), None  # fmt: skip
     return TorchExecutor(backend.loaded, cache, config.block_size, config.seed, asynchronous=config.overlap_depth > 0,
-                         offload=backend.offload, drafter=drafter), speculation  # fmt: skip
+                         offload=backend.offload, drafter=drafter, fixed_rows=config.fixed_rows), speculation  # fmt: skip
 
 
 def _kv_cache(config: EngineConfig, loaded: LoadedModel, num_blocks: int, num_host_blocks: int, line: DeviceLine | None) -> KVCache:

@@ -25,7 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `quantization`: "int8" or "int4" weights ("int4-g32-sym": group and zero, too). `gpu_memory`: what the engine may
     take of the device, in bytes, as "16GB", or as the device that it stands for ("t4"). `speculation` is where drafts come
     from: a registered source ("ngram", "suffix"), the name of a draft model, or an object (`seams.DraftSource`); None
-    drafts nothing. `attention_plan`: what predictions charge for attention on a GPU, see docs/gpu.md. Raises ConfigError.
+    drafts nothing. `fixed_rows`: tokens in a pass with fixed numerics, for requests that must be deterministic.
+    `attention_plan`: what predictions charge for attention on a GPU, see docs/gpu.md. Raises ConfigError.
     """
 
     model: str = "lab-s"
@@ -63,6 +64,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_expert_slots: int | None = None
     layer_window: int | None = None
 
+    fixed_rows: int = 64
     speculation: Any = None
     num_speculative_tokens: int = 4
     draft_policy: Any = "fixed"
@@ -78,7 +80,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_batched_tokens", "max_num_seqs", "log_capacity", "view_cap",
-                     "num_speculative_tokens"):  # fmt: skip
+                     "num_speculative_tokens", "fixed_rows"):  # fmt: skip
             self._at_least(name, 1)
         for name in ("overlap_depth", "check_interval", "num_alternatives"):
             self._at_least(name, 0)

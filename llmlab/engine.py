@@ -88,6 +88,10 @@ class Engine:
             raise RequestError("params", params, "is not a SamplingParams", "Write SamplingParams(max_tokens=...).")
         request_id = self._free_id(request_id, params.n)
         try:
+            if params.deterministic and str(self.executor.describe().get("device", "")).startswith("cuda") \
+                    and self.executor.mode == "measured":  # fmt: skip
+                raise RequestError("deterministic", True, "passes of a fixed shape run on the CPU only so far",
+                                   "Use device='cpu', or leave it out.")  # fmt: skip
             if params.stop and self.tokenizer is None:
                 raise RequestError("stop", params.stop, "this engine has no tokenizer, so it sees no text",
                                    "Use stop_token_ids.")  # fmt: skip

@@ -356,7 +356,8 @@ class Tiering(Protocol):
 @runtime_checkable
 class DecodingMethod(Protocol):
     """How a request turns computed tokens into new ones. `work` offers the next item at full length, or
-    None if there is nothing to compute now; `accept` turns what came back into a commit. With `steady = True` in the class
+    None if there is nothing to compute now; `accept` turns what came back into a commit. One that defines
+    `regroup(view, offers)` is shown the offers of all running requests and may change them. With `steady = True` in the class
     that defines them, they promise to offer all that is left to compute and to accept each token as it comes."""
 
     def work(self, request: RequestView) -> WorkItem | None: ...

@@ -82,7 +82,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How to choose tokens and when to stop; names and meanings are vLLM's.
 
     `temperature=0` is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch the filter off.
-    `seed=None` keys the random numbers by the engine's seed and the request's id.
+    `seed=None` keys the random numbers by the engine's seed and the request's id. `deterministic` asks for the same
+    tokens whatever runs beside the request, at some cost (see `decoding.verified`).
     Raises RequestError for values outside their range.
     """
 
@@ -103,6 +104,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -129,8 +131,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.seed is not None and not _is_int(self.seed):
             raise RequestError("seed", self.seed, "must be an integer of 64 bits or None",
                                "None leaves it to the engine's seed.")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError("ignore_eos", self.ignore_eos, "must be True or False", "True generates past the end.")
+        for name, meaning in (("ignore_eos", "True generates past the end."), ("deterministic", "True asks for it.")):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(name, getattr(self, name), "must be True or False", meaning)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0)
@@ -361,12 +364,14 @@ class ItemResult(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Durations(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Seconds. `execute` is the executor's time; `schedule` and `commit` the core's own."""
+    """Seconds. `execute` is the executor's time; `schedule` and `commit` the core's own. `padded_tokens` were computed
+    only to fill a fixed shape."""
 
     execute: float = 0.0
     schedule: float = 0.0
     commit: float = 0.0
     parts: Mapping[str, float] = {}
+    padded_tokens: int = 0
 
 
 class ResourceSpan(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -65,6 +65,7 @@ ABOUT: Mapping[str, About] = {
     "weights": About("Policies", "Where the experts of a mixture lie and are computed."),
     "num_expert_slots": About("Model and machine", "Experts that fit on the device, with --weights; auto: a quarter of them."),
     "layer_window": About("Model and machine", "Layers kept in memory while the others are read from disk; auto: all."),
+    "fixed_rows": About("Batching", "Tokens in a pass with fixed numerics (deterministic requests)."),
     "speculation": About("Speculation", "Where drafts come from: ngram, suffix, or a draft model of the same vocabulary.",
                          ("--speculate", "--speculation")),
     "num_speculative_tokens": About("Speculation", "Drafts a request at most, verified in one step.",

@@ -18,7 +18,10 @@ class Autoregressive:
     def work(self, request: RequestView) -> WorkItem | None:
         if request.num_new_tokens <= 0 or request.num_tokens >= request.request.max_total_tokens:
             return None
-        return WorkItem(request.id, Span(request.num_computed_tokens, request.num_tokens))
+        span = Span(request.num_computed_tokens, request.num_tokens)
+        if request.request.sampling.deterministic:
+            return WorkItem(request.id, span, numerics="fixed")
+        return WorkItem(request.id, span)
 
     def accept(self, request: Request, proposed: Sequence[int], item: WorkItem, result: ItemResult) -> Commit:
         return Commit(result.token_ids)

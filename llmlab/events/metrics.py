@@ -128,6 +128,7 @@ class RunMetrics:
     accepted_tokens: int
     wasted_tokens: int
     wasted_joules: float
+    padded_tokens: int
     acceptance_rate: float
     tokens_per_verification: float
     ttft: Summary
@@ -212,6 +213,7 @@ class MetricsFold:
         self._joules_per_token: dict[int, float] = {}
         self._drafts = self._accepted = self._rejected = self._verifications = self._wasted = 0
         self._wasted_joules = 0.0
+        self._padded = 0
         self._handlers = {
             ev.RunStarted: self._run_started, ev.RequestArrived: self._arrived, ev.RequestRefused: self._refused,
             ev.RequestAdmitted: self._admitted, ev.RequestPreempted: self._preempted,
@@ -313,6 +315,7 @@ class MetricsFold:
         self._schedule += event.measured.schedule + event.measured.commit
         self._execute += event.measured.execute
         self._batch_tokens += event.num_tokens
+        self._padded += event.measured.padded_tokens
         predicted = self._predicted.pop(event.step, None)
         self._joules_per_token.pop(event.step, None)
         seconds = event.measured.execute
@@ -355,7 +358,7 @@ class MetricsFold:
             mean_batch=self._batch_tokens / self.num_steps if self.num_steps else 0.0,
             max_kv_blocks=self.max_kv_blocks, schedule_share=self._schedule / busy if busy else 0.0,
             drafted_tokens=self._drafts, accepted_tokens=self._accepted, wasted_tokens=self._wasted,
-            wasted_joules=self._wasted_joules,
+            wasted_joules=self._wasted_joules, padded_tokens=self._padded,
             acceptance_rate=self._accepted / (self._accepted + self._rejected) if self._accepted else 0.0,
             tokens_per_verification=1 + self._accepted / self._verifications if self._verifications else 0.0,
             ttft=ttft, tpot=tpot, e2e=e2e, queue_time=queue, mfu=Summary.joined(past.mfu, self._mfu),

@@ -20,6 +20,7 @@ from llmlab.decoding.sampler import Sampled, SampleRow, greedy, plain, prompt_lo
 from llmlab.decoding.speculative import parents_of, paths
 from llmlab.execution.base import Done, Row, StepBatch, Ticket
 from llmlab.execution.drafting import Drafter
+from llmlab.execution.fixed import FixedPasses, Text
 from llmlab.execution.hybrid import Hybrid
 from llmlab.execution.offload import ExpertOffload, LayerWindow
 from llmlab.kernels import pages
@@ -81,10 +82,12 @@ class TorchExecutor:
     mode: Literal["measured", "simulated"] = "measured"
 
     def __init__(self, loaded: LoadedModel, cache: KVCache, block_size: int, seed: int, asynchronous: bool,
-                 offload: ExpertOffload | None = None, drafter: Drafter | None = None) -> None:  # fmt: skip
+                 offload: ExpertOffload | None = None, drafter: Drafter | None = None, fixed_rows: int = 64) -> None:  # fmt: skip
         self._model = loaded.model
         self._offload = offload
         self._drafter = drafter
+        self._fixed: FixedPasses | None = None  # made when the first row asks for it
+        self._fixed_rows, self._padded = fixed_rows, 0
         self._loaded = loaded
         self._block_size = block_size
         self._seed = seed
@@ -150,7 +153,8 @@ class TorchExecutor:
         except Exception as error:  # whatever a kernel raises: the step is lost, the engine is not
             results = tuple(ItemResult(r.item.request, error=f"{type(error).__name__}: {error}") for r in batch.rows)
         seconds = time.perf_counter() - began
-        result = StepResult(batch.plan.step, results, Durations(seconds, parts=parts))
+        padded, self._padded = self._padded, 0
+        result = StepResult(batch.plan.step, results, Durations(seconds, parts=parts, padded_tokens=padded))
         result = result if self._hybrid is None else self._with_host(result, parts)
         return result if self._offload is None else self._offload.told(result)
 
@@ -182,9 +186,12 @@ class TorchExecutor:
         groups: dict[Span | None, list[Row]] = {}
         both_tiers: list[Row] = []
         hybrid = any(row.item.home == "cpu" for row in rows)
+        fixed: list[Row] = []
         for row in rows:
             reason = self._unready(row)
-            if reason is None and hybrid and (row.item.home == "cpu" or row.item.layers is None):
+            if reason is None and row.item.numerics == "fixed":
+                fixed.append(row)
+            elif reason is None and hybrid and (row.item.home == "cpu" or row.item.layers is None):
                 both_tiers.append(row)
             elif reason is None:
                 groups.setdefault(row.item.layers, []).append(row)
@@ -192,6 +199,8 @@ class TorchExecutor:
                 done[row.item.request] = ItemResult(row.item.request, error=reason)
         for layers, group in groups.items():
             done |= {result.request: result for result in self._forward(group, layers, parts)}
+        if fixed:
+            done |= {result.request: result for result in self._forward_fixed(fixed, parts)}
         if both_tiers:
             done |= {result.request: result for result in self._forward_hybrid(both_tiers, parts)}
         results = tuple([done[row.item.request] for row in rows])
@@ -271,6 +280,17 @@ class TorchExecutor:
             parts[name] = parts.get(name, 0.0) + spent
         return results
 
+    def _forward_fixed(self, rows: Sequence[Row], parts: dict[str, float]) -> tuple[ItemResult, ...]:
+        """Rows whose bits must not depend on the others."""
+        began = time.perf_counter()
+        if self._fixed is None:
+            self._fixed = FixedPasses(self._loaded, self.cache.layers, self._block_size, self._fixed_rows)
+        outcome = self._fixed.run([Text(self._ids(row), row.item.tokens[0], row.block_ids) for row in rows])
+        results = self._emit(rows, outcome.hidden, outcome.logits)
+        parts["fixed"] = time.perf_counter() - began
+        self._padded, self._fixed.num_padded = self._fixed.num_padded, 0
+        return results
+
     def _leave(self, rows: Sequence[Row], hidden: Tensor, layer: int) -> tuple[ItemResult, ...]:
         """Keep the hidden states of rows that ask for it, until an item goes on at `layer`."""
         for row, states in zip(rows, torch.split(hidden, [row.item.num_tokens for row in rows]), strict=True):
@@ -292,8 +312,9 @@ class TorchExecutor:
         return known if row.item.emit == "sample" else known[: row.item.tokens[1]]
 
     # ------------------------------------------------------------------------------------- sampling
-    def _emit(self, rows: Sequence[Row], hidden: Tensor) -> tuple[ItemResult, ...]:
-        """Logits only for rows that sample, and for prompts whose log-probabilities were asked for."""
+    def _emit(self, rows: Sequence[Row], hidden: Tensor, logits: Tensor | None = None) -> tuple[ItemResult, ...]:
+        """Logits (of all tokens, if they are there already) only for rows that sample, and for prompts whose
+        log-probabilities were asked for."""
         last: list[int] = []
         emitting, end = [], 0
         failed: dict[str, ItemResult] = {}
@@ -310,30 +331,35 @@ class TorchExecutor:
                 emitting.append(row)
         if not emitting:
             return tuple(failed.get(row.request.id) or ItemResult(row.request.id) for row in rows)
-        chosen = hidden if len(last) == hidden.shape[0] else hidden[last]
-        logits = self._model.logits(chosen)
+        if logits is None:
+            logits = self._model.logits(hidden if len(last) == hidden.shape[0] else hidden[last])
+        else:
+            logits = logits[last]
         sampled: Sequence[Sampled] = ()
         if all(self._plain[row.request.id] for row in emitting):
             tokens = greedy(logits)
             if min(tokens) >= 0 and len(last) == len(emitting) == len(rows):
-                return tuple([self._append(row.request.id, token) for row, token in zip(rows, tokens, strict=True)])
+                return tuple([self._append(row, token) for row, token in zip(rows, tokens, strict=True)])
             sampled = [Sampled(token) for token in tokens] if min(tokens) >= 0 else ()
         found = iter(sampled or sample(logits, [r for row in emitting for r in self._sample_rows(row)]))
         by_request = {row.request.id: list(islice(found, 1 + len(row.item.drafts))) for row in emitting}
         return tuple(failed.get(row.request.id) or self._item_result(row, by_request.get(row.request.id)) for row in rows)
 
-    def _append(self, name: str, token: int) -> ItemResult:
+    def _append(self, row: Row, token: int) -> ItemResult:
         """The result of a row whose token is all that was asked for."""
-        self._tokens[name].append(token)
-        return ItemResult(name, (token,))
+        known = self._tokens[row.request.id]
+        del known[row.item.tokens[1] :]
+        known.append(token)
+        return ItemResult(row.request.id, (token,))
 
     def _sample_rows(self, row: Row) -> list[SampleRow]:
         """One behind the last committed token, and one behind each draft."""
         request, item, tokens = row.request, row.item, self._tokens[row.request.id]
+        if len(tokens) > (stop := item.tokens[1] - len(item.drafts)):
+            tokens = tokens[:stop]  # what follows was only a candidate
         if not item.drafts:
             return [sample_row(request, self._seed, tokens)]
-        committed = tokens[: item.tokens[1] - len(item.drafts)]
-        return [sample_row(request, self._seed, committed, path) for path in ((), *paths(item))]
+        return [sample_row(request, self._seed, tokens, path) for path in ((), *paths(item))]
 
     def _item_result(self, row: Row, sampled: Sequence[Sampled] | None) -> ItemResult:
         name, item = row.request.id, row.item

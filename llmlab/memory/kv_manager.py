@@ -17,7 +17,7 @@ from llmlab.events.log import EventLog
 from llmlab.events.state import block_fingerprint, cached_fingerprint
 from llmlab.memory.block_pool import BlockPool
 from llmlab.memory.block_table import BlockTable
-from llmlab.memory.prefix_cache import chain_hashes
+from llmlab.memory.prefix_cache import FIXED_ROOT, ROOT, chain_hashes
 from llmlab.memory.tiers import HostPool
 from llmlab.seams import BlockView, Need
 from llmlab.types import Move, Sequence
@@ -92,7 +92,7 @@ class KVManager:
             return []
         limit = (len(seq.token_ids) - 1) // self.block_size
         hits: list[int] = []
-        for block_hash in chain_hashes(seq.token_ids, self.block_size, seq.block_hashes, limit)[:limit]:
+        for block_hash in chain_hashes(seq.token_ids, self.block_size, seq.block_hashes, limit, root_of(seq))[:limit]:
             block = self.pool.lookup(block_hash)
             if block is None:
                 break
@@ -238,7 +238,7 @@ class KVManager:
         if table is None or num_tokens // self.block_size <= table.num_findable or not self._caching:
             return
         full = min(num_tokens // self.block_size, len(table.block_ids))
-        hashes = chain_hashes(seq.token_ids, self.block_size, seq.block_hashes, full)
+        hashes = chain_hashes(seq.token_ids, self.block_size, seq.block_hashes, full, root_of(seq))
         for index in range(table.num_findable, full):
             if self.pool.cache(table.block_ids[index], hashes[index], index) and self._hashed:
                 self._toggle_cached(table.block_ids[index], hashes[index])
@@ -374,3 +374,8 @@ class KVManager:
         for block_hash, block in self.pool.by_hash.items():
             value ^= cached_fingerprint(block, block_hash.hex())
         return value
+
+
+def root_of(seq: Sequence) -> bytes:
+    """Where the hashes of a request's blocks begin: bits of KV that must be the same come from the same numerics."""
+    return FIXED_ROOT if seq.request.sampling.deterministic else ROOT

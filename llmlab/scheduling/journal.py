@@ -16,7 +16,7 @@ from llmlab.events.why import count
 from llmlab.memory.kv_manager import KVManager, Shortage
 from llmlab.scheduling.seamcalls import Considered, Seam
 from llmlab.seams import CostModel, DraftLengths, Limits, Need, Offers, Placed, RequestView, TierOption
-from llmlab.types import Commit, Cost, Request, Sequence, Span, Status, StepPlan, StepResult, WorkItem, total_tokens
+from llmlab.types import Cost, Request, Sequence, Span, Status, StepPlan, StepResult, WorkItem, total_tokens
 
 FINISHED = Status.FINISHED  # looking a member up in its Enum costs as much as a call
 
@@ -125,9 +125,9 @@ class Journal:
                           *considered),
         )  # fmt: skip
 
-    def drafted(self, seq: Sequence, commit: Commit, source: str, cause: int) -> None:
+    def drafted(self, seq: Sequence, token_ids: tuple[int, ...], parents: tuple[int, ...], source: str, cause: int) -> None:
         if self.log.wants(ev.Drafted):
-            self.log.emit(ev.Drafted, seq.id, cause, token_ids=commit.drafts, parents=commit.parents, source=source)
+            self.log.emit(ev.Drafted, seq.id, cause, token_ids=token_ids, parents=parents, source=source)
 
     def verified(self, item: WorkItem, path: AbstractSequence[int], accepted: AbstractSequence[int], source: str, cause: int
                  ) -> None:  # fmt: skip

@@ -280,9 +280,23 @@ class Scheduler:
         work = decoding.policy.work if decoding.trusted else self._guarded_work
         running = tuple([offer if request.home == "device" else msgspec.structs.replace(offer, home="cpu")
                          for request in view.running if (offer := work(request)) is not None])  # fmt: skip
+        if hasattr(decoding.policy, "regroup"):
+            running = self._regroup(view, running)
         waiting = self._admit(view) if let_in else ()
         items = self._compose(view, Offers(running, waiting))
         return self._reserve(view, items if self.policies.drafting is None else self._ask_drafts(view, items))
+
+    def _regroup(self, view: EngineView, offers: tuple[WorkItem, ...]) -> tuple[WorkItem, ...]:
+        """A decoding method's second look, at all offers together."""
+        views = {request.id: request for request in view.running}
+
+        def checked(answer: Any) -> tuple[WorkItem, ...]:
+            items = tuple(answer)
+            for item in items:
+                checked_offer(item, views[item.request])
+            return items
+
+        return self.policies.decoding.ask(lambda p: getattr(p, "regroup", _unchanged)(view, offers), checked)
 
     def _guarded_work(self, request: RequestView) -> WorkItem | None:
         return self.policies.decoding.ask(lambda p: p.work(request), lambda offer: checked_offer(offer, request))
@@ -439,7 +453,8 @@ class Scheduler:
             reason = f"nothing else runs, so it may not wait ({reason})"
         self._journal.admission(seam, seq, "admit", reason, need, view.pool.num_free)
         start = seq.num_computed_tokens if seq.status is Status.SWAPPED else cached
-        return WorkItem(seq.id, Span(start, seq.num_tokens), home=home)
+        fixed = seq.request.sampling.deterministic
+        return WorkItem(seq.id, Span(start, seq.num_tokens), home=home, numerics="fixed" if fixed else "fast")
 
     # -------------------------------------------------------------------------------- composition
     def _compose(self, view: EngineView, offers: Offers) -> AbstractSequence[WorkItem]:
@@ -536,7 +551,8 @@ class Scheduler:
     def _ask_drafts(self, view: EngineView, items: AbstractSequence[WorkItem]) -> AbstractSequence[WorkItem]:
         """The items, those that sample with the number of drafts to propose behind them."""
         drafting = self.policies.drafting
-        wanting = [item for item in items if item.emit == "sample" and item.numerics == "fast" and item.home == "device"]
+        wanting = [item for item in items if item.emit == "sample" and item.home == "device"
+                   and not self.sequences[item.request].request.sampling.deterministic]  # fmt: skip
         if drafting is None or not wanting:
             return items
         seam, outlook = drafting.seam, drafting.outlook
@@ -786,13 +802,14 @@ class Scheduler:
         seq, item = flight.seq, flight.item
         kept = min(item.tokens[1] if commit.truncate_to is None else commit.truncate_to,
                    len(seq.token_ids) - 1 + len(commit.drafts))  # fmt: skip
+        fresh = commit.drafts if commit.final else commit.drafts[len(seq.drafts) :]
         seq.drafts, seq.draft_parents = commit.drafts, commit.parents
         if commit.final and seq.home == item.home == "device":
             self.memory.commit(seq, min(kept, len(seq.token_ids) - 1))
         if item.drafts or commit.truncate_to is not None:
             self._cut_back(seq, kept, plan)
-        if commit.drafts:
-            self._journal.drafted(seq, commit, self._draft_source, plan)
+        if fresh and item.kv_write == "append":
+            self._journal.drafted(seq, fresh, commit.parents, self._draft_source, plan)
 
     def _learn(self, seq: Sequence, item: WorkItem, accepted: AbstractSequence[int], result: ItemResult, plan: int) -> None:
         """How good the drafts were, and whether their source failed."""
@@ -828,3 +845,7 @@ class Scheduler:
     def _look(self, now: float) -> EngineView:
         return self._viewer.engine(now, self.next_step, self.waiting.head(self._viewer.cap), len(self.waiting),
                                    self.running.values())  # fmt: skip
+
+
+def _unchanged(view: EngineView, offers: tuple[WorkItem, ...]) -> tuple[WorkItem, ...]:
+    return offers
