@@ -20,10 +20,10 @@ def _():
 @app.cell(hide_code=True)
 def _():
     block_size = mo.ui.slider(steps=[4, 8, 16, 32, 64, 128], value=16, label="tokens in a block", show_value=True, debounce=True)
-    memory = mo.ui.slider(1536, 6144, step=512, value=3072, label="KV tokens", show_value=True, debounce=True)
+    memory = mo.ui.slider(1024, 6144, step=256, value=1536, label="KV tokens", show_value=True, debounce=True)
     shared = mo.ui.slider(0, 512, step=64, value=256, label="shared beginning", show_value=True, debounce=True)
     families = mo.ui.slider(1, 16, value=6, label="families", show_value=True, debounce=True)
-    rate = mo.ui.slider(steps=[1, 2, 4, 6, 8, 12], value=4, label="arrivals/s", show_value=True, debounce=True)
+    rate = mo.ui.slider(steps=[1, 2, 4, 6, 8, 12], value=2, label="arrivals/s", show_value=True, debounce=True)
     eviction = mo.ui.dropdown(EVICTIONS.names(), value="lru", label="eviction")
     caching = mo.ui.switch(value=True, label="prefix cache")
     mo.hstack([block_size, memory, shared, families, rate, eviction, caching], justify="start", gap=1.2, wrap=True)

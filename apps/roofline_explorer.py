@@ -49,7 +49,6 @@ def _(a, b):
 @app.cell(hide_code=True)
 def _(both):
     mo.vstack([
-        mo.md(f"### {roof.finding(*both)}"),
         pictures.modelled(pages.page_theme(), lambda: roof.roofline_chart(*both)),
         mo.md(roof.table(both)),
     ])  # fmt: skip

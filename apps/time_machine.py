@@ -22,9 +22,9 @@ def _():
 def _():
     here = traces.traces_here(Path.cwd())
     chosen = mo.ui.dropdown(list(here), value="shipped: first-look", label="trace")
-    path = mo.ui.text(placeholder="or the path of a file", full_width=True)
+    path = mo.ui.text(placeholder="run.jsonl.zst", label="or the path of a file")
     upload = mo.ui.file(kind="button", label="or upload one", max_size=50_000_000)
-    mo.hstack([chosen, path, upload], justify="start", gap=1, widths=[0, 1, 0], align="center")
+    mo.hstack([chosen, path, upload], justify="start", gap=1.2, wrap=True, align="center")
     return chosen, here, path, upload
 
 
@@ -50,7 +50,7 @@ def _(run):
 @app.cell(hide_code=True)
 def _(run, shown):
     step = traces.finished_step(run, int(shown.value.get("step", -1)))
-    mo.md(f"### What was decided in step {step}\n\n{traces.decision_table(run, step)}")
+    mo.vstack([words.headline(f"What was decided in step {step}"), mo.md(traces.decision_table(run, step))], gap=0)
     return (step,)
 
 

@@ -68,7 +68,7 @@ def _amount(value: float, goal: Goal) -> str:
 
 def leaderboard_table(places: Sequence[Place], goal: Goal, seeds: int) -> str:
     """The leaderboard as a table of Markdown."""
-    lines = [f"| place | policy | {goal.name} | beats the default | preemptions | failures |", "|---:|---|---:|---:|---:|---:|"]
+    lines = [f"| place | policy | {goal.name} | beats the default | preemptions | failures |", "|---:|:---|---:|---:|---:|---:|"]
     for number, p in enumerate(places, 1):
         name = f"**{p.policy}**" if p.yours else p.policy
         lines.append(f"| {number} | {name} | {_amount(p.mean, goal)} | {p.beats_default} of {seeds} | {p.preemptions:.1f} | {p.failures} |")

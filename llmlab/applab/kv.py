@@ -23,12 +23,12 @@ class Pool(msgspec.Struct, frozen=True):
     """A KV pool of `tokens` tokens, and prompts that share their first `shared` tokens within one of `families`."""
 
     block_size: int = 16
-    tokens: int = 3072
+    tokens: int = 1536
     eviction: str = "lru"
     caching: bool = True
     shared: int = 256
     families: int = 6
-    rate: float = 4.0
+    rate: float = 2.0
 
 
 class Account(msgspec.Struct, frozen=True):
@@ -112,7 +112,7 @@ def others_chart(pool: Pool, found: Mapping[str, Mapping[str, Account]], like: R
     return alt.hconcat(*panels, spacing=50).properties(title=title(_others_finding(found), setting(like), "The same load each time; what is chosen now stands out"))
 
 
-_KINDS: Sequence[tuple[str, str]] = (("hit", "found in the prefix cache"), ("waste", "room in blocks that stays empty"))
+_KINDS: Sequence[tuple[str, str]] = (("hit", "found in the prefix cache"), ("waste", "empty room in blocks"))
 
 
 def _others_finding(found: Mapping[str, Mapping[str, Account]]) -> str:

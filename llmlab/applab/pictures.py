@@ -43,13 +43,15 @@ def _page_chart(spec: dict[str, Any]) -> Any:
     import marimo as mo
 
     heading, note = spec.pop("title", {}), spec.pop("usermeta", {}).get("sentence", "")
-    words = mo.Html(f'<h3 class="llmlab-finding">{_lines(heading, "text")}</h3><p class="llmlab-sub">{_lines(heading, "subtitle")}</p>')
+    words = mo.Html(f'<div class="llmlab-finding" role="heading" aria-level="2">{_lines(heading, "text")}</div><p class="llmlab-sub">{_lines(heading, "subtitle")}</p>')
     if note:
         return mo.vstack([words, mo.md(note)], gap=0)
     spec["background"] = spec["config"]["background"] = "transparent"
     if isinstance(spec.get("width"), (int, float)) and "vconcat" not in spec:
         spec |= {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-    return mo.vstack([words, alt.Chart.from_dict(spec)], gap=0)
+    chart = alt.Chart.from_dict(spec)
+    chart.usermeta = {"embedOptions": {"actions": False}}
+    return mo.vstack([words, chart], gap=0)
 
 
 def _lines(heading: Any, part: str) -> str:

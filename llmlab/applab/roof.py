@@ -75,11 +75,12 @@ def priced(name: str, setup: SetUp) -> Priced:
 
 def roofline_chart(a: Priced, b: Priced) -> Any:
     """Both steps on one roofline; with two machines, both ceilings."""
-    steps: dict[str, StepCost] = {a.setup.label: a.step}
-    if b.setup != a.setup:
-        steps[b.setup.label] = b.step
+    import altair as alt
+
+    steps: dict[str, StepCost] = {"A": a.step} if b.setup == a.setup else {"A": a.step, "B": b.step}
     others = [b.case.hardware] if b.case.hardware.name != a.case.hardware.name else []
-    return charts.roofline(steps, others)
+    told = f"A: {a.setup.label}. B: {b.setup.label}. A mark is an op, its area the share of its step's time (modelled)"
+    return charts.roofline(steps, others).properties(title=alt.Title(finding(a, b), subtitle=told))
 
 
 def finding(a: Priced, b: Priced) -> str:
@@ -104,7 +105,7 @@ def table(both: Sequence[Priced]) -> str:
         "share of memory bandwidth": lambda p: f"{p.step.bytes_hbm / p.step.seconds / p.case.hardware.bandwidth:.1%}",
         "what fits": _fits,
     }
-    lines = ["| | " + " | ".join(p.name for p in both) + " |", "|---|" + "---|" * len(both)]
+    lines = ["| | " + " | ".join(p.name for p in both) + " |", "|:---|" + ":---|" * len(both)]
     lines += [f"| {name} | " + " | ".join(of(p) for p in both) + " |" for name, of in facts.items()]
     return "\n".join(lines)
 

@@ -12,9 +12,9 @@ from llmlab.applab.gallery import recorded_runs
 from llmlab.assembly import REGISTRIES
 from llmlab.comparing import Comparison, compare
 from llmlab.events import catalog as ev
-from llmlab.events.why import seconds
 from llmlab.runs import Run
 from llmlab.types import LabError, TraceError
+from llmlab.ui.chart import seconds
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 FORKED_SEAMS = ("ordering", "admission", "composer", "victim", "tiering")
@@ -95,7 +95,7 @@ def decision_table(run: Run, step: int) -> str:
     found = [e for e in run.events("Decision", step=step) if e.seam != "eviction"]
     if not found:
         return f"No decision was recorded in step {step}: everybody who ran before ran on."
-    lines = ["| who decides | about | chose | because | instead |", "|---|---|---|---|---|"]
+    lines = ["| who decides | about | chose | because | instead |", "|:---|:---|:---|:---|:---|"]
     for event in found[:30]:
         instead = "<br>".join(_option(a) for a in event.alternatives[:4]) or "-"
         cost = f" ({seconds(event.predicted.seconds)})" if event.predicted is not None else ""
@@ -112,7 +112,7 @@ def _option(a: ev.Alternative) -> str:
 
 def _cell(text: str) -> str:
     short = text if len(text) <= 90 else text[:87] + "..."
-    return short.replace("|", "\\|").replace("<", "&lt;").replace("us)", "µs)")
+    return short.replace("|", "\\|").replace("<", "&lt;")
 
 
 # ------------------------------------------------------------------------------------------ forks

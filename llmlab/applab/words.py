@@ -25,6 +25,13 @@ def beginning(live: LiveEngine) -> Any:
     return mo.md("")
 
 
+def headline(text: str) -> Any:
+    """A finding above a picture."""
+    import marimo as mo
+
+    return mo.Html(f'<div class="llmlab-finding" role="heading" aria-level="2">{html.escape(text)}</div>')
+
+
 def engine_finding(live: LiveEngine) -> Any:
     """The engine in one sentence, who else looks at it, and what could not be done."""
     import marimo as mo
@@ -88,5 +95,5 @@ def forked(run: Run, at: int, seam: str, policy: str, theme: str) -> Any:
         return mo.callout(mo.md(f"**No fork.** {error.problem}. {error.way_out}"), kind="danger")
     names = ("as it was", f"{seam} {policy}")
     race = pictures.drawn(theme, lambda: figures.policy_race(fork.as_it_was, fork.changed, names, 40))
-    said = f"### {traces.fork_finding(fork)}\n\nBoth continuations are simulated. {fork.comparison.parted}"
-    return mo.vstack([mo.md(said), race])
+    told = mo.md(f"Both continuations are simulated. {fork.comparison.parted}")
+    return mo.vstack([headline(traces.fork_finding(fork)), told, race], gap=0)

@@ -190,7 +190,7 @@ def _tell_queued(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
         who = "It" if event.request == request else f"The head of the queue, {event.request},"
         yield f"{who} had to wait at {seconds(event.t)}: {event.detail}."
     admitted = next((e for e in events if isinstance(e, ev.RequestAdmitted) and e.request == request), None)
-    yield _admission_sentence(run, admitted) if admitted else _not_admitted(run)
+    yield _admission_sentence(run, admitted) if admitted else _not_admitted(run, request)
 
 
 def _ordering_sentence(request: str, events: Sequence[ev.Event]) -> Iterable[str]:
@@ -209,9 +209,11 @@ def _admission_sentence(run: Run, admitted: ev.RequestAdmitted) -> str:
     return f"At {seconds(admitted.t)} it was let in{': ' + because if because else ''}{hit}."
 
 
-def _not_admitted(run: Run) -> str:
+def _not_admitted(run: Run, request: str) -> str:
     if run.started.level < 1:
         return "When it was let in was not recorded (log level 0)."
+    if run.requests[request].finished is None:
+        return "It has not been let in yet."
     return "It was never let in before it ended."
 
 

@@ -53,6 +53,10 @@ class Page:
         """All words on the page, those of widgets included."""
         return str(self.page.locator(selector).first.inner_text())
 
+    def says(self, words: str) -> bool:
+        """Whether these words stand anywhere on the page, shadow roots included."""
+        return bool(self.page.get_by_text(words).count())
+
     def picture(self, selector: str) -> str:
         """A fingerprint of how something looks."""
         return hashlib.md5(self.page.locator(selector).first.screenshot()).hexdigest()

@@ -18,7 +18,6 @@ pytest.importorskip("marimo", reason='marimo is not installed: pip install "llml
 from lab import Page, running_lab
 
 LOOKS = [("light", 1280), ("dark", 800)]
-PICTURE = {"engine_room": ".llt"}
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +89,127 @@ def test_engine_room_at_night_and_for_two(browser: Any, lab: str, screenshots: P
     first.becomes(lambda: "2 pages look" not in first.text(), "a closed tab is still counted", 40)
     first.save(screenshots, "engine_room_dark_800")
     first.close()
+
+
+def finding(page: Page) -> str:
+    """All findings on the page: the headings over its pictures."""
+    return "\n".join(page.page.locator(".llmlab-finding").all_inner_texts())
+
+
+def flip(page: Page, label: str) -> None:
+    page.page.get_by_role("switch", name=label).click()
+
+
+def test_policy_lab(browser: Any, lab: str, screenshots: Path) -> None:
+    page = Page(browser, lab, "light", 1280, 1300)
+    page.open(f"{lab}policy_lab/", ".vega-embed")
+    assert "ShortestPrompt (yours)" in finding(page)
+    page.becomes(lambda: page.says("starves requests"), "the check says nothing", 60)
+    page.save(screenshots, "policy_lab_light_1280")
+    page.changes(lambda: finding(page), lambda: page.choose("goal", "p99 time to first token"), "goal")
+    page.changes(lambda: page.text(), lambda: page.slide("load", "ArrowRight", 3), "load")
+    page.changes(lambda: page.text(), lambda: page.slide("KV blocks", "ArrowLeft", 3), "KV blocks")
+    page.changes(lambda: finding(page), lambda: page.slide("seeds", "ArrowLeft", 2), "seeds")
+    page.changes(lambda: page.text(), lambda: page.choose("machine", "t4"), "machine")
+    page.changes(lambda: page.text(), lambda: page.choose("begin with", "half a step for prompts"), "example")
+    page.becomes(lambda: "HalfAndHalf" in finding(page), "the example does not race", 60)
+    with page.page.expect_download(timeout=30_000) as saved:
+        page.page.get_by_text("Save the figure").click()
+    assert Path(saved.value.path()).read_bytes().startswith(b"\x89PNG")
+    write(page, "class Broken:\n    def key(self, request now):\n        return 1\n")
+    page.becomes(lambda: page.says("It does not race") and page.says("Line 2"), "the syntax error is not explained")
+    write(page, "class Raises:\n    def key(self, request, now):\n        return request.nothing\n")
+    page.becomes(lambda: page.says("AttributeError") and page.says("Line 3"), "the error is not explained")
+    page.save(screenshots, "policy_lab_error_light_1280")
+    write(page, "class Newest:\n    def key(self, request, now):\n        return -request.arrival\n")
+    page.becomes(lambda: "Newest (yours)" in finding(page), "a mended policy does not race", 60)
+    page.close()
+
+
+def write(page: Page, source: str) -> None:
+    """Put a text into the editor and submit it."""
+    page.page.locator(".cm-content").first.click()
+    page.page.keyboard.press("Control+a")
+    page.page.keyboard.press("Delete")
+    page.page.keyboard.insert_text(source)
+    page.page.wait_for_timeout(600)  # the editor tells the page when the typing has paused
+    page.press("Check and race")
+
+
+def test_time_machine(browser: Any, lab: str, screenshots: Path, tmp_path: Path) -> None:
+    page = Page(browser, lab, "light", 1280, 1500)
+    page.open(f"{lab}time_machine/", ".llt")
+    page.becomes(lambda: "What was decided in step" in finding(page), "no step is shown")
+    page.changes(lambda: finding(page), lambda: page.page.locator(".llt button", has_text="‹").nth(1).click(), "going back a step")
+    page.changes(lambda: options(page), lambda: page.choose("let it go on", "ordering"), "seam")
+    page.choose("namely", "sjf_oracle")
+    page.press("Fork after step")
+    page.becomes(lambda: "With ordering sjf_oracle from step" in finding(page), "there is no fork", 60)
+    assert "Both continuations are simulated" in page.text()
+    page.save(screenshots, "time_machine_light_1280")
+    path = page.page.get_by_label("or the path of a file")
+    empty, old, damaged = (tmp_path / f"{name}.jsonl" for name in ("empty", "old", "damaged"))
+    empty.touch()
+    old.write_text('{"event":"RunStarted","seq":0,"t":0.0,"schema":0,"mode":"measured"}\n')
+    damaged.write_bytes(b"\x00\xff no trace")
+    for file, said in ((empty, "Is empty"), (old, "Has schema"), (damaged, "Line 1"), (tmp_path / "none.jsonl", "Does not exist")):
+        path.fill(str(file))
+        path.press("Enter")
+        page.becomes(lambda said=said: page.says("This cannot be opened") and page.says(said), f"{file.name} is not explained")
+    page.page.locator("input[type=file]").set_input_files(str(empty))
+    page.becomes(lambda: page.says("Is empty"), "an empty upload is not explained")
+    page.close()
+
+
+def test_roofline_explorer(browser: Any, lab: str, screenshots: Path) -> None:
+    page = Page(browser, lab, "light", 1280, 1700)
+    page.open(f"{lab}roofline_explorer/", ".vega-embed")
+    page.save(screenshots, "roofline_explorer_light_1280")
+    page.changes(lambda: finding(page), lambda: page.slide("A batch", "ArrowRight"), "A batch")
+    page.changes(lambda: finding(page), lambda: page.slide("B batch", "ArrowRight", 2), "B batch")
+    page.changes(lambda: finding(page), lambda: page.slide("A context", "ArrowRight", 2), "A context")
+    page.changes(lambda: finding(page), lambda: page.slide("B context", "ArrowRight"), "B context")
+    page.changes(lambda: finding(page), lambda: flip(page, "A computes prompts"), "A phase")
+    page.changes(lambda: finding(page), lambda: flip(page, "B computes prompts"), "B phase")
+    for name, choices in (("model", ("llama-3.1-70b", "mixtral-8x7b")), ("machine", ("t4", "h200")), ("numbers", ("w8a16", "w4a16"))):
+        for side, choice in zip("AB", choices):
+            page.changes(lambda: finding(page) + page.text(), lambda n=f"{side} {name}", c=choice: page.choose(n, c), f"{side} {name}")
+    assert "GB" in page.text() or "does not fit" in page.text(), "what does not fit is not said"
+    page.page.get_by_role("tab", name="Where the time goes").click()
+    page.becomes(lambda: "of the time of" in finding(page), "the second tab is empty")
+    page.page.get_by_role("tab", name="What fits").click()
+    page.becomes(lambda: page.page.get_by_role("tab", name="What fits").get_attribute("aria-selected") == "true", "the third tab")
+    page.page.locator("marimo-multiselect").get_by_role("combobox").click()
+    page.changes(lambda: finding(page) + page.text(), lambda: page.page.get_by_text("Deselect all").click(), "techniques")
+    page.close()
+
+
+def test_kv_lab(browser: Any, lab: str, screenshots: Path) -> None:
+    page = Page(browser, lab, "light", 1280, 1300)
+    page.open(f"{lab}kv_lab/", ".vega-embed")
+    page.becomes(lambda: "Blocks of" in finding(page), "the alternatives are missing", 60)
+    page.save(screenshots, "kv_lab_light_1280")
+    for label, key in (("tokens in a block", "ArrowRight"), ("KV tokens", "ArrowRight"), ("shared beginning", "ArrowRight"),
+                       ("families", "ArrowRight"), ("arrivals/s", "ArrowRight")):  # fmt: skip
+        page.changes(lambda: page.text(), lambda k=key, n=label: page.slide(n, k), label)
+    page.changes(lambda: page.picture(".vega-embed >> nth=1"), lambda: page.choose("eviction", "deepest_first"), "eviction")
+    flip(page, "prefix cache")
+    page.becomes(lambda: "Without a prefix cache" in page.text(), "the cache cannot be switched off")
+    page.close()
+
+
+@pytest.mark.parametrize("name", [app.name for app in APPS if app.name != "engine_room"])
+def test_every_app_at_night_on_a_narrow_screen(browser: Any, lab: str, screenshots: Path, name: str) -> None:
+    page = Page(browser, lab, "dark", 800, 1500)
+    page.open(f"{lab}{name}/", ".llt, .vega-embed")
+    page.page.wait_for_timeout(1500)
+    assert page.page.locator("body").get_attribute("data-theme") == "dark"
+    too_wide = page.page.evaluate("document.querySelector('#App').scrollWidth - document.querySelector('#App').clientWidth")
+    assert too_wide <= 0, f"{name} is {too_wide} px too wide"
+    page.save(screenshots, f"{name}_dark_800")
+    page.close()
+
+
+def options(page: Page) -> list[str]:
+    """What the page's menus offer."""
+    return list(page.page.locator("marimo-dropdown select").evaluate_all("all => all.map(s => s.innerHTML)"))
