@@ -170,10 +170,20 @@ def _replay_until(run: Run, scheduler: Scheduler, clock: ReplayClock, at: int, m
 
 def _prove(run: Run, scheduler: Scheduler, position: int, at: int) -> None:
     """Refuse to fork a history that the recorded policies do not reproduce."""
-    differences = compare(run.log_events[:position], tuple(scheduler.log))
+    differences = compare([_unpriced(e) for e in run.log_events[:position]], [_unpriced(e) for e in scheduler.log])
     if differences:
         recorded, replayed = (str(event)[:140] for event in (differences[0].recorded, differences[0].replayed))
         raise _irreproducible(at, f"event {differences[0].index}: recorded {recorded}, replayed {replayed}")
+
+
+def _unpriced(event: ev.Event) -> ev.Event:
+    """The event without what a cost model said: a newer one may say otherwise, and the history is the same as long as
+    nobody decided otherwise because of it."""
+    if isinstance(event, ev.StepPlanned):
+        return msgspec.structs.replace(event, predicted=None)
+    if isinstance(event, ev.Decision):
+        return msgspec.structs.replace(event, predicted=None, alternatives=())
+    return event
 
 
 def _irreproducible(at: int, why: object) -> TraceError:
