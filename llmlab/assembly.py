@@ -19,10 +19,20 @@ from llmlab.events.log import EventLog, Sink
 from llmlab.events.metrics import MetricsFold
 from llmlab.events.tracefile import TraceWriter
 from llmlab.execution.base import Executor
-from llmlab.execution.cost import RooflineCost, find_profile, is_profile, machine_here, wall_cost, warn_if_foreign
+from llmlab.execution.cost import (
+    DEFAULT_HOST,
+    RooflineCost,
+    find_profile,
+    is_profile,
+    machine_here,
+    wall_cost,
+    warn_if_foreign,
+)
 from llmlab.execution.drafting import Drafter
+from llmlab.execution.expert_timeline import RooflineExperts
 from llmlab.execution.pool_plan import GRAPH_BYTES, Memory, budget_bytes, kv_blocks, no_room, out_of_memory
 from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor
+from llmlab.execution.sim_offload import ExpertSimExecutor, host_of, routing_for
 from llmlab.kernels.capability import check_dtype, default_dtype
 from llmlab.kernels.quant_spec import parse_quantization
 from llmlab.memory.eviction import EVICTIONS, LRU
@@ -47,6 +57,7 @@ from llmlab.speculating import (
     source_name,
 )
 from llmlab.types import ConfigError
+from llmlab.workloads.routing import load_routing
 from roofline import hardware as hw
 from roofline import shapes
 from roofline.errors import RooflineError
@@ -120,6 +131,7 @@ def assemble(config: EngineConfig) -> Assembly:
     """All parts of an engine. Raises ConfigError or ModelError."""
     for seam, registry in REGISTRIES.items():
         registry.resolve(getattr(config, seam))  # names are checked before a model is loaded
+    _check_offload(config)
     clock: Clock = RealClock() if config.executor == "torch" else VirtualClock()
     backend = _torch_backend(config) if config.executor == "torch" else _sim_backend(config)
     num_blocks = config.num_blocks or _default_num_blocks(config, backend)
@@ -129,7 +141,7 @@ def assemble(config: EngineConfig) -> Assembly:
     log = _log(config, clock, metrics)
     if backend.offload is not None and backend.loaded is not None:
         backend.offload.start(backend.loaded.model, _seam(config, log, "weights"), config.num_expert_slots)
-    executor, speculation = _executor(config, backend, clock, num_blocks, num_host_blocks)
+    executor, speculation = _executor(config, backend, clock, log, num_blocks, num_host_blocks)
     drafts = speculation.shape if speculation is not None else None
     scheduler = build_scheduler(config, backend.cost, limits, log, num_blocks, num_host_blocks, drafts)
     effective = {**config.describe(), "num_blocks": num_blocks, "num_host_blocks": num_host_blocks,
@@ -426,6 +438,9 @@ def _memory(config: EngineConfig, backend: Backend) -> Memory:
     """Bytes of the device that weights and KV live on. Only a GPU is asked; the others are taken from the table."""
     shape, precision = backend.model.shape, Precision.parse(backend.precision)
     weights = weight_bytes(shape, precision)
+    if config.weights != "resident" and shape.num_experts:
+        away = shape.moe_layers() * shape.num_experts - _num_slots(config, shape)
+        weights -= max(0, away) * 3 * shape.hidden_size * shape.moe_intermediate_size * precision.weight_bytes
     if backend.loaded is None:
         return Memory(backend.hardware.memory_bytes, 0.0, weights, 0.0)
     active = activation_bytes(shape, precision, config.max_num_batched_tokens, config.max_num_seqs)
@@ -438,7 +453,7 @@ def _memory(config: EngineConfig, backend: Backend) -> Memory:
     return Memory(float(total), max(0.0, total - free - ours), ours, active, GRAPH_BYTES)
 
 
-def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: int, num_host_blocks: int
+def _executor(config: EngineConfig, backend: Backend, clock: Clock, log: EventLog, num_blocks: int, num_host_blocks: int
               ) -> tuple[Executor, Speculation | None]:  # fmt: skip
     vocab_size = backend.model.vocab_size
     setup = DraftSetup(vocab_size, num_blocks, config.block_size, config.seed, backend.loaded)
@@ -450,6 +465,8 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: 
             drafting = SimDrafting(Drafter(speculation.source, vocab_size), draft_cost_of(backend.cost, speculation.shape, config))
         cost = wall_cost(backend.cost, config.overlap_depth)
         described = {"device": backend.hardware.name}
+        if config.weights != "resident":
+            return _expert_simulation(config, backend, cost, tokens, clock, log), speculation
         return SimExecutor(cost, tokens, clock, described, config.block_size, drafting), speculation
     from llmlab.execution.torch_executor import TorchExecutor
 
@@ -465,6 +482,32 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, num_blocks: 
                               backend.offload), None  # fmt: skip
     return TorchExecutor(backend.loaded, cache, config.block_size, config.seed, asynchronous=config.overlap_depth > 0,
                          offload=backend.offload, drafter=drafter, fixed_rows=config.fixed_rows), speculation  # fmt: skip
+
+
+def _expert_simulation(config: EngineConfig, backend: Backend, cost: Any, tokens: PseudoTokens, clock: Clock, log: EventLog
+                       ) -> ExpertSimExecutor:  # fmt: skip
+    from roofline.cost import CostModel as Roofline
+
+    model = Roofline(backend.model.shape, backend.hardware, backend.precision)
+    trace = routing_for(load_routing(config.routing), model)
+    price = RooflineExperts(model, host_of(_host(config) or hw.get(DEFAULT_HOST)))
+    return ExpertSimExecutor(cost, tokens, clock, {"device": backend.hardware.name, "routing": trace.model}, config.block_size,
+                             price=price, trace=trace, seam=_seam(config, log, "weights"),
+                             num_slots=_num_slots(config, backend.model.shape))  # fmt: skip
+
+
+def _num_slots(config: EngineConfig, shape: shapes.Shape) -> int:
+    return config.num_expert_slots or max(1, shape.moe_layers() * shape.num_experts // 4)
+
+
+def _check_offload(config: EngineConfig) -> None:
+    """What goes with experts on the host, and what does not yet. Raises ConfigError."""
+    if config.weights == "resident":
+        return
+    for field, alone in (("placement", "device_only"), ("speculation", None)):
+        if getattr(config, field) not in (alone, "gpu_only"):
+            raise ConfigError(field, getattr(config, field), f"does not go with weights={config.describe()['weights']!r} yet",
+                              f"Leave {field} at {alone!r}, or weights at 'resident'.")  # fmt: skip
 
 
 def _kv_cache(config: EngineConfig, loaded: LoadedModel, num_blocks: int, num_host_blocks: int, line: DeviceLine | None) -> KVCache:

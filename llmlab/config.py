@@ -20,7 +20,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Sizes are in tokens, blocks or requests; times in seconds. `num_blocks=None` sizes the KV pool from
     memory; `num_host_blocks=None` makes the host tier as large as the pool. `overlap_depth=1` plans the next
     step while the previous one runs. `weights` places the experts of a mixture of which only `num_expert_slots` (over all
-    layers; None: a quarter) fit on the device; `layer_window` keeps only so many layers of a model in memory and reads the
+    layers; None: a quarter) fit on the device; the simulator takes who wants which expert from the trace `routing`;
+    `layer_window` keeps only so many layers of a model in memory and reads the
     others from disk as they come round. `host` names the CPU beside the device, for the cost of what is placed there.
     `quantization`: "int8" or "int4" weights ("int4-g32-sym": group and zero, too). `gpu_memory`: what the engine may
     take of the device, in bytes, as "16GB", or as the device that it stands for ("t4"). `speculation` is where drafts come
@@ -62,6 +63,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     decoding: Any = "autoregressive"
     weights: Any = "resident"
     num_expert_slots: int | None = None
+    routing: str = "lab-moe"
     layer_window: int | None = None
 
     fixed_rows: int = 64

@@ -30,7 +30,7 @@ from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor
 from llmlab.replaying import recorded_config, recorded_cost, recorded_draft, recorded_scheduler
 from llmlab.scheduling.scheduler import Scheduler
 from llmlab.speculating import draft_cost_of
-from llmlab.types import Request, StepPlan, StepResult, TraceError, unknown_name
+from llmlab.types import ConfigError, Request, StepPlan, StepResult, TraceError, unknown_name
 from roofline.shapes import Shape
 
 
@@ -97,6 +97,9 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
         if name not in SEAM_FIELDS:
             raise unknown_name("fork", name, SEAM_FIELDS)
     run.need_whole()
+    if run.started.config.get("weights", "resident") != "resident":
+        raise ConfigError("fork", run.started.config["weights"], "a run whose experts do not all fit cannot be forked yet",
+                          "Run it anew under the other policy, and compare(a, b).")  # fmt: skip
     if run.started.level < 2:
         raise TraceError(
             "log_level", run.started.level, "decisions were not recorded", "Record with log_level=2 or more."

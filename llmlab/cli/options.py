@@ -64,6 +64,7 @@ ABOUT: Mapping[str, About] = {
     "decoding": About("Policies", "How tokens become answers."),
     "weights": About("Policies", "Where the experts of a mixture lie and are computed."),
     "num_expert_slots": About("Model and machine", "Experts that fit on the device, with --weights; auto: a quarter of them."),
+    "routing": About("Model and machine", "Recorded routing that simulated experts follow: a name or a file."),
     "layer_window": About("Model and machine", "Layers kept in memory while the others are read from disk; auto: all."),
     "fixed_rows": About("Batching", "Tokens in a pass with fixed numerics (deterministic requests)."),
     "speculation": About("Speculation", "Where drafts come from: ngram, suffix, or a draft model of the same vocabulary.",

@@ -44,6 +44,13 @@ class Host:
     start: float = 20e-6
 
 
+class StepParts(NamedTuple):
+    """Seconds on the device apart from experts: of each layer, and of the embedding, the head and sampling."""
+
+    layer: float
+    edges: float
+
+
 class RooflineExperts:
     """`seams.ExpertCosts` of one model on one device and host. `link_share`: what copies reach of the link's data sheet."""
 
@@ -73,12 +80,18 @@ class RooflineExperts:
         arithmetic = max(2 * self._params * num_tokens / self._host.flops, self.num_bytes / self._host.bandwidth)
         return self._host.start + arithmetic + there_and_back
 
-    def rest(self, num_tokens: int, kv_tokens: int) -> float:
-        """Seconds of a layer on the device apart from its experts: attention, norms, projections, router."""
-        ops = self._model.ops(Rows([1] * num_tokens, [max(1, kv_tokens // max(1, num_tokens))] * num_tokens))
+    def parts(self, rows: Rows) -> StepParts:
+        """A step apart from its experts. Dense layers before the mixtures, if a model has any, are counted to the edges."""
+        ops = self._model.ops(rows)
         last = max(op.first_layer for op in ops)
-        inside = [op for op in ops if op.first_layer == last and not op.name.startswith("expert_")]
-        return sum(self._model.op_cost(op).seconds for op in inside)
+        layer = [op for op in ops if op.first_layer == last and not op.name.startswith("expert_")]
+        edges = [op for op in ops if op.first_layer != last]
+        return StepParts(sum(self._model.op_cost(op).seconds for op in layer),
+                         sum(op.count * self._model.op_cost(op).seconds for op in edges))  # fmt: skip
+
+    def rest(self, num_tokens: int, kv_tokens: int) -> float:
+        """Seconds of a layer apart from its experts, for one new token each of sequences that hold `kv_tokens` in all."""
+        return self.parts(Rows([1] * num_tokens, [max(1, kv_tokens // max(1, num_tokens))] * num_tokens)).layer
 
 
 class TimelineMover:

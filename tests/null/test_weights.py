@@ -13,15 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmlab.clock import VirtualClock
+from llmlab.config import EngineConfig
 from llmlab.events.log import EventLog
 from llmlab.execution.expert_timeline import ExpertStage, Host, LayerWork, RooflineExperts, simulate
 from llmlab.execution.timelines import Timelines
 from llmlab.memory.weight_store import Fetch, WeightStore
+from llmlab.running import run
+from llmlab.runs import Run
 from llmlab.scheduling.seamcalls import Seam, checked_routing
 from llmlab.scheduling.weights import LRU, WEIGHT_PLACEMENTS, Balanced, Oracle, most_popular, similarity
 from llmlab.seams import ExpertId, ExpertUse, RoutingView, UnitView, Where
 from llmlab.types import ConfigError, PolicyError, ResourceSpan, TraceError
 from llmlab.workloads.routing import RoutingTrace, load_routing
+from llmlab.workloads.workload import Workload
 from roofline.cost import CostModel
 
 DESKTOP = Host("2 channels of DDR4", 40e9, 0.65e12)
@@ -287,3 +291,39 @@ def test_a_faster_link_never_slows_a_run() -> None:
         runs = [simulate(policy, TRACE, plan, costs, 8, TRACE.popularity()).seconds for costs in (slow, fast)]
         assert runs[1] < runs[0]
 
+
+
+# ---------------------------------------------------------------------------------- whole runs
+def offloaded(weights: str, **fields: object) -> Run:
+    config = EngineConfig(model="mixtral-8x7b", executor="sim", hardware="a10", weights=weights, num_expert_slots=48, log_level=4,
+                          max_num_batched_tokens=256, **fields)  # type: ignore[arg-type]  # fmt: skip
+    return run(config, Workload.poisson(rate=0.5, n=4, prompt=40, output=6, seed=0))
+
+
+@pytest.mark.parametrize("weights", ["lru", "balanced", "deferred"])
+def test_a_mixture_that_does_not_fit_is_simulated_with_its_experts_in_the_log(weights: str) -> None:
+    done = offloaded(weights)
+    assert len(done.requests) == 4 and done.verify() == []
+    dispatched = done.events("ExpertsDispatched")
+    assert {event.layer for event in dispatched} == set(range(32))
+    for resource in ("device", "cpu", "h2d"):
+        assert one_by_one([ResourceSpan(e.resource, e.start, e.end, e.op) for e in done.events("Span") if e.resource == resource])
+    assert bool(done.events("ExpertFetched")) == (weights != "deferred")
+    assert any(event.cpu or event.deferred for event in dispatched) == (weights != "lru")
+
+
+def test_a_shorter_way_to_the_experts_is_a_faster_run() -> None:
+    slow, fast = offloaded("cheaper_side", host="cpu-2core"), offloaded("cheaper_side", host="xeon-6342-2s")
+    assert fast.metrics.duration < slow.metrics.duration
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no experts to place"):
+        run(EngineConfig(model="llama-2-7b", executor="sim", weights="lru"), Workload.poisson(rate=1, n=1, prompt=4, output=2))
+    with pytest.raises(ConfigError, match="placement='fastdecode'"):
+        offloaded("lru", placement="fastdecode")
+    with pytest.raises(ConfigError, match="128 experts"):
+        config = EngineConfig(model="qwen3-30b-a3b", executor="sim", hardware="a100-80gb", weights="lru")
+        run(config, Workload.poisson(rate=1, n=1, prompt=4, output=2))
+    with pytest.raises(ConfigError, match="fork"):
+        offloaded("lru").fork(at=2, victim="most_blocks")
