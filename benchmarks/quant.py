@@ -102,7 +102,7 @@ def measure_models(names: list[str], n: int) -> list[dict[str, Any]]:
     return rows
 
 
-def race(contenders: Mapping[str, Callable[[], object]], seconds: float = 0.4) -> dict[str, float]:
+def race(contenders: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, float]:
     """Best seconds of each, in turns."""
     best = dict.fromkeys(contenders, float("inf"))
     spent = 0.0

@@ -106,7 +106,8 @@ def has_triton() -> bool:
 # ---------------------------------------------------------------------------------- tiles of attention
 class Tile(NamedTuple):
     """How one class of attention rows runs: rows (query tokens x query heads of a KV head) and KV positions of a
-    tile, warps, stages of loading ahead, programs per multiprocessor, and what multiplies."""
+    tile, warps, stages of loading ahead, programs per multiprocessor (as many as are resident at once: a queue
+    that waits for a place is balanced with nobody), and what multiplies."""
 
     block_m: int
     block_n: int
@@ -121,7 +122,7 @@ class Tile(NamedTuple):
 
 
 SMALL_ROWS = 16  # rows of the smallest product of a tensor core
-LOW_REGISTERS = 16384  # elements of a product held in registers where there are no tensor cores
+LOW_REGISTERS = 8192  # elements of a product held in registers where there are no tensor cores; twice as many spill
 
 
 def power_of_two(n: int) -> int:
@@ -135,7 +136,7 @@ def decode_tile(capability: Capability, head_dim: int, group: int) -> Tile:
     if not capability.tensor_cores:
         rows = power_of_two(group)
         positions = max(8, min(64, LOW_REGISTERS // (rows * width)))
-        return Tile(rows, positions, 4, 1, 4, False)
+        return Tile(rows, positions, 4, 1, 2, False)
     rows = max(SMALL_ROWS, power_of_two(group))
     return Tile(rows, 64, 4, 3 if capability.shared_kib > 128 else 2, 2, True)
 
@@ -146,7 +147,7 @@ def prefill_tile(capability: Capability, head_dim: int, group: int) -> Tile:
     rows = max(64, power_of_two(group))
     if large and head_dim <= 128:
         return Tile(max(128, rows), 64, 8, 3, 1, True)
-    return Tile(rows, 64 if head_dim <= 128 else 32, 4, 2, 2, True)
+    return Tile(rows, 64 if head_dim <= 64 else 32, 4, 2, 2, True)  # 64 positions of 128 would spill
 
 
 # -------------------------------------------------------------------------------------- the table

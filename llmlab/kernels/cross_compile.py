@@ -10,6 +10,9 @@ calls of `TritonKernels`. Nothing is computed. Needs Triton, its interpreter swi
 # mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -33,11 +36,14 @@ OPTIONS = ("num_warps", "num_stages")
 
 
 class Built(NamedTuple):
-    """One compiled launch: the kernel, bytes of shared memory, whether its code multiplies on tensor cores."""
+    """One compiled launch: the kernel, bytes of shared memory, whether its code multiplies on tensor cores; registers of
+    a thread, and bytes that did not fit into them."""
 
     kernel: str
     shared: int
     tensor_cores: bool
+    registers: int
+    spilled: int
     sizes: dict[str, Any]
 
 
@@ -58,6 +64,24 @@ def _source(function: Any, arguments: dict[str, Any]) -> ASTSource:
             if value % 16 == 0:
                 hints[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(function, signature, constants, hints)
+
+
+class Usage(NamedTuple):
+    """Registers of a thread, and bytes of its stack: what spilled."""
+
+    registers: int
+    spilled: int
+
+
+def usage(cubin: bytes) -> Usage:
+    """What the machine code of a kernel takes, by the tool that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", told))
+    return Usage(int(found["REG"]), int(found["STACK"]))
 
 
 @contextmanager
@@ -88,7 +112,7 @@ def compiled(capability: Capability, head_dim: int = 128, group: int = 4, block_
             done = triton.compile(source, target=target, options=options)
             sizes = {p.name: arguments[p.name] for p in function.params if p.is_constexpr}
             code = done.asm["ptx"]
-            built[key] = Built(function.__name__, done.metadata.shared, "mma" in code, sizes)
+            built[key] = Built(function.__name__, done.metadata.shared, "mma" in code, *usage(done.asm["cubin"]), sizes)
 
     dtype = torch.bfloat16 if capability.bf16 else torch.float16
     with _launches(compile_one):

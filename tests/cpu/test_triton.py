@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmlab.kernels.capability import capability_of
+from llmlab.kernels.capability import capability_of, decode_tile, prefill_tile
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)")
@@ -38,6 +38,7 @@ def test_every_kernel_compiles_and_fits(card: str) -> None:
         "argmax_rows", "draw_rows", "quant_gemv", "quant_gemm" if capability.tensor_cores else "widen",
     }  # fmt: skip
     assert max(b.shared for b in built) <= capability.shared_kib * 1024
+    assert [b for b in built if b.spilled] == []
     assert any(b.tensor_cores for b in built if b.kernel == "attend") == capability.tensor_cores
 
 
@@ -50,6 +51,12 @@ def test_attention_compiles_and_fits_for_many_heads(card: str, head_dim: int, gr
     capability = capability_of(card)
     built = compiled(capability, head_dim, group, block_size, launch_attention)
     assert max(b.shared for b in built) <= capability.shared_kib * 1024
+    assert [b for b in built if b.spilled] == []
+    decode = decode_tile(capability, head_dim, group)
+    for b in (b for b in built if b.kernel == "attend"):
+        tile = decode if b.sizes["BLOCK_M"] == decode.block_m else prefill_tile(capability, head_dim, group)
+        assert tile.programs * -(-b.registers // 8) * 8 * 32 * tile.warps <= 65_536, "not all programs are resident"
+        assert tile.programs * b.shared <= capability.shared_kib * 1024
 
 
 def test_the_gpu_benchmark_says_that_there_is_no_gpu() -> None:
