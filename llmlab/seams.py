@@ -21,7 +21,7 @@ Key = float | int | tuple[Any, ...]
 
 
 # ------------------------------------------------------------------------------------------ views
-class RequestView(msgspec.Struct, frozen=True):
+class RequestView(msgspec.Struct, frozen=True, gc=False):
     """One request as a policy may see it. Token counts; `arrival`, `deadline` in seconds.
 
     `num_cached_tokens` of a queued request is what the prefix cache holds for it right now (a hint). `num_tokens`
@@ -73,7 +73,7 @@ class RequestView(msgspec.Struct, frozen=True):
         return self.num_output_tokens > 0 and self.num_new_tokens == 1
 
 
-class PoolView(msgspec.Struct, frozen=True):
+class PoolView(msgspec.Struct, frozen=True, gc=False):
     """KV memory in blocks. `num_free` counts cached blocks that nobody uses, too."""
 
     num_blocks: int
@@ -133,19 +133,19 @@ class Ordering(Protocol):
     def key(self, request: RequestView, now: float) -> Key: ...
 
 
-class Admit(msgspec.Struct, frozen=True):
+class Admit(msgspec.Struct, frozen=True, gc=False):
     """Let the request in now."""
 
     reason: str = ""
 
 
-class Wait(msgspec.Struct, frozen=True):
+class Wait(msgspec.Struct, frozen=True, gc=False):
     """Leave it in the queue, with the reason as a person would say it."""
 
     reason: str
 
 
-class Need(msgspec.Struct, frozen=True):
+class Need(msgspec.Struct, frozen=True, gc=False):
     """Blocks that a queued request would take: `prompt` for what is to be computed now, `total` for the
     longest it may ever get; cached blocks that it would share are already subtracted."""
 
@@ -320,7 +320,7 @@ class WeightPlacement(Protocol):
 
 
 # --------------------------------------------------------------------------------- D: KV memory
-class BlockView(msgspec.Struct, frozen=True):
+class BlockView(msgspec.Struct, frozen=True, gc=False):
     """A cached block that nobody uses. `last_used` counts releases; `depth` is its index in its prefix."""
 
     block_id: int

@@ -193,7 +193,7 @@ def _number(field: str, value: object, low: float, high: float, way_out: str) ->
         raise RequestError(field, value, f"must lie in [{low:g}, {high:g}]", way_out)
 
 
-class Request(msgspec.Struct, frozen=True, omit_defaults=True):
+class Request(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What a client asked for. `number` counts arrivals and breaks every tie; `arrival` in seconds.
 
     `fork_of` names the sibling whose prompt KV this request shares (parallel sampling, `n > 1`).
@@ -234,7 +234,9 @@ Home = Literal["device", "cpu"]  # where a request's KV lies: in the device's po
 
 
 # --------------------------------------------------------------------------------- what is executed
-class WorkItem(msgspec.Struct, frozen=True, omit_defaults=True):
+# gc=False: no cycle can come through these, and a log of millions of them would keep the collector busy for a third of a
+# simulation's time.
+class WorkItem(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The atom of work: `tokens` x `layers` of one request.
 
         position:  0 ........ tokens.start ........ tokens.stop ....
@@ -314,7 +316,7 @@ class WorkItem(msgspec.Struct, frozen=True, omit_defaults=True):
         return msgspec.structs.replace(self, tokens=cut, drafts=self.drafts[:kept], parents=self.parents[:kept], mask=mask)
 
 
-class Move(msgspec.Struct, frozen=True, omit_defaults=True):
+class Move(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Copies of whole KV blocks that must happen before the step's items run.
 
     `copy`: device -> device (copy-on-write). `swap_out`: device -> host. `swap_in`: host -> device.
@@ -326,7 +328,7 @@ class Move(msgspec.Struct, frozen=True, omit_defaults=True):
     dst: tuple[int, ...]
 
 
-class StepPlan(msgspec.Struct, frozen=True):
+class StepPlan(msgspec.Struct, frozen=True, gc=False):
     """What one step does: the items in order of priority, and the block copies before them."""
 
     step: int
@@ -338,7 +340,7 @@ class StepPlan(msgspec.Struct, frozen=True):
         return sum(item.num_tokens for item in self.items)
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Log-probability (natural log) and rank of a chosen token, and the `logprobs` most likely ones."""
 
     logprob: float
@@ -346,7 +348,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class ItemResult(msgspec.Struct, frozen=True, omit_defaults=True):
+class ItemResult(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What an item produced: the sampled tokens, and log-probabilities where they were asked for.
 
     Of an item with drafts `token_ids` are those that held and one more. `drafts` and `parents` are proposed for the next
@@ -363,7 +365,7 @@ class ItemResult(msgspec.Struct, frozen=True, omit_defaults=True):
     draft_error: str | None = None
 
 
-class Durations(msgspec.Struct, frozen=True, omit_defaults=True):
+class Durations(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Seconds. `execute` is the executor's time; `schedule` and `commit` the core's own. `padded_tokens` were computed
     only to fill a fixed shape."""
 
@@ -374,7 +376,7 @@ class Durations(msgspec.Struct, frozen=True, omit_defaults=True):
     padded_tokens: int = 0
 
 
-class ResourceSpan(msgspec.Struct, frozen=True, omit_defaults=True):
+class ResourceSpan(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One stretch of work on one resource (seconds of the run's clock)."""
 
     resource: str
@@ -408,7 +410,7 @@ class WeightMove(msgspec.Struct, frozen=True, omit_defaults=True):
     unused: bool = False
 
 
-class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
+class StepResult(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What came back from the executor for one StepPlan. `lost`: resources that died and will do no more ("cpu")."""
 
     step: int
@@ -421,7 +423,7 @@ class StepResult(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 # ------------------------------------------------------------------------------------------- costs
-class Traffic(msgspec.Struct, frozen=True, omit_defaults=True):
+class Traffic(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Bytes moved, by path."""
 
     hbm: float = 0.0
@@ -431,7 +433,7 @@ class Traffic(msgspec.Struct, frozen=True, omit_defaults=True):
     net: float = 0.0
 
 
-class Cost(msgspec.Struct, frozen=True, omit_defaults=True):
+class Cost(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """The one currency: seconds, floating-point operations, bytes, joules, and what bounds them."""
 
     seconds: float
@@ -505,7 +507,7 @@ class Sequence:
         return self.status is Status.FINISHED
 
 
-class Commit(msgspec.Struct, frozen=True, omit_defaults=True):
+class Commit(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What a decoding method makes of a result: tokens to append, and what is proposed from now on.
 
     KV is kept for `truncate_to` tokens at most (None: for all that were computed). `final=False`: the KV that was

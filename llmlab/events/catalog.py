@@ -396,7 +396,7 @@ class RolledBack(Event, frozen=True, tag=True):
 
 
 # ------------------------------------------------------------------------------------- decisions
-class Alternative(msgspec.Struct, frozen=True, omit_defaults=True):
+class Alternative(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """An option that a seam could have taken. Lower scores are better, whatever the policy."""
 
     option: str

@@ -126,7 +126,7 @@ def _shortage_of(home: Home) -> str:
     return "memory" if home == "device" else "host_memory"
 
 
-class Update(msgspec.Struct, frozen=True):
+class Update(msgspec.Struct, frozen=True, gc=False):
     """What one commit means to a client."""
 
     request: str

@@ -491,7 +491,7 @@ class _LoggedLeap(_Leap):
         seq, s, j = row.seq, self._s, self._j
         name, tokens = seq.request.id, (row.token(j),)
         seq.cause = cause
-        row.sync(j + 1)
+        seq.token_ids.append(tokens[0])
         seq.num_computed_tokens = row.base + j + 1
         s.hash.touch(seq)
         s.log.emit_tokens(name, cause, tokens)
