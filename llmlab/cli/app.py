@@ -12,6 +12,7 @@ from llmlab.cli import (
     apps,
     checks,
     comparing,
+    courses,
     listing,
     papers,
     profiles,
@@ -79,6 +80,7 @@ def _root(
 
 touring.add_to(app)
 apps.add_to(app)
+courses.add_to(app)
 serving.add_to(app)
 simulating.add_to(app)
 comparing.add_to(app)

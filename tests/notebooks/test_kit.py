@@ -106,6 +106,23 @@ def test_a_notebook_is_valid_and_offers_colab(tmp_path: Path) -> None:
         compile("".join(content["cells"][1]["source"]), "install", "exec")
 
 
+def test_the_command_copies_the_course_and_overwrites_nothing(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from llmlab.cli.app import app
+
+    folder = tmp_path / "course"
+    result = CliRunner().invoke(app, ["lessons", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert len(list(folder.glob("*.ipynb"))) == len(list(folder.glob("*.py"))) >= 8
+    assert not (folder / "solutions.py").exists()
+    mine = folder / "01_one_token.py"
+    mine.write_text("# my work\n")
+    result = CliRunner().invoke(app, ["lessons", str(folder), "--solutions"])
+    assert "1 file copied" in result.output.replace("\n", " ")
+    assert mine.read_text() == "# my work\n"
+
+
 # ------------------------------------------------------------------------------------------ guesses
 def test_an_answer_stays_closed_until_the_guess_is_locked(in_notebook: None) -> None:
     guess = predict("How many?", Slider(4, 0, 10), "tokens")

@@ -33,7 +33,7 @@ from llmlab.outputs import CompletionOutput, RequestOutput
 SIM = ["run", "--executor", "sim", "--model", "lab-s", "--hardware", "cpu-2core"]
 CROWDED = [*SIM, "--requests", "12", "--prompt-len", "16,80", "--output-len", "20,60", "--num-blocks", "24", "--log-level", "3"]
 COMMANDS = (["tour"], ["run"], ["why"], ["trace"], ["trace", "info"], ["trace", "replay"], ["trace", "export"], ["models"],
-            ["policies"], ["kernels"])  # fmt: skip
+            ["policies"], ["kernels"], ["lessons"])  # fmt: skip
 
 
 def call(*words: object, **env: str):
