@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmlab.config import EngineConfig
 from llmlab.decoding.drafts import DRAFT_SOURCES, DraftSetup, Oracle
-from llmlab.execution.cost import RooflineCost, draft_outlook
+from llmlab.execution.cost import DraftCost, RooflineCost, draft_outlook
 from llmlab.registry import policy_name
 from llmlab.seams import CostModel, DraftOutlook, DraftSource
 from llmlab.types import ConfigError, unknown_name
@@ -101,7 +101,7 @@ def draft_cost_of(cost: CostModel, shape: Shape | None, config: EngineConfig) ->
     """The cost model of a draft model on the device of the target."""
     if shape is None or not isinstance(cost, RooflineCost):
         return None
-    return RooflineCost(shape, cost.name, config.block_size, cost.dtype, cost.host)
+    return DraftCost(RooflineCost(shape, cost.name, config.block_size, cost.dtype, cost.host))
 
 
 def outlook_of(cost: CostModel, draft_cost: CostModel | None, config: EngineConfig) -> DraftOutlook:

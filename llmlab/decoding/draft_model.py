@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmlab.decoding.drafts import REMEMBERED, DraftSetup
-from llmlab.decoding.sampler import sample, sample_row
+from llmlab.decoding.sampler import greedy, plain, sample, sample_row
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.models.loader import LoadedModel, load_model
 from llmlab.models.tokenizer import HFTokenizer
@@ -101,13 +101,12 @@ class DraftModel:
             ends = [len(c.token_ids) + len(drafts[c.request.id]) for c in active]
             logits = self._run(fed, ends, [c.block_ids for c in active])
             going = [i for i, c in enumerate(active) if c.k > len(drafts[c.request.id])]
-            rows = [sample_row(active[i].request, self._setup.seed, active[i].token_ids, drafts[active[i].request.id])
-                    for i in going]  # fmt: skip
-            for i, sampled in zip(going, sample(logits if len(going) == len(active) else logits[going], rows)):
-                drafts[active[i].request.id].append(sampled.token_id)
+            chosen = [active[i] for i in going]
+            for c, token in zip(chosen, self._choose(logits if len(going) == len(active) else logits[going], chosen, drafts)):
+                drafts[c.request.id].append(token)
             active = [c for i in going if (c := active[i]).k > len(drafts[c.request.id]) and drafts[c.request.id][-1] >= 0]
             fed = [[drafts[c.request.id][-1]] for c in active]
-            self._mark_drafts(active, drafts)
+        self._mark_drafts(contexts, drafts)
         return [Proposal(tuple(t for t in drafts[c.request.id] if t >= 0)) for c in contexts]
 
     def _computed(self, context: DraftContext) -> int:
@@ -120,12 +119,19 @@ class DraftModel:
         self._marks.write(marks[start:], start, context.block_ids)
         return start
 
-    def _mark_drafts(self, active: Sequence[DraftContext], drafts: Mapping[str, Sequence[int]]) -> None:
-        """The newest draft of each is computed next: if it holds, so does its KV."""
-        if self._own:
-            for c in active:
-                behind = further(self._marks.of(c)[-1], drafts[c.request.id])
-                self._marks.write(behind[-1:], len(c.token_ids) + len(behind) - 1, c.block_ids)
+    def _choose(self, logits: Tensor, contexts: Sequence[DraftContext], drafts: Mapping[str, Sequence[int]]) -> list[int]:
+        """The next draft of each; -1 where there is none."""
+        if all(plain(c.request.sampling) for c in contexts):
+            return greedy(logits)
+        rows = [sample_row(c.request, self._setup.seed, c.token_ids, drafts[c.request.id]) for c in contexts]
+        return [sampled.token_id for sampled in sample(logits, rows)]
+
+    def _mark_drafts(self, contexts: Sequence[DraftContext], drafts: Mapping[str, Sequence[int]]) -> None:
+        """All drafts but the last were computed: if they hold, so does their KV."""
+        for c in contexts if self._own else ():
+            computed = drafts[c.request.id][:-1]
+            if computed:
+                self._marks.write(further(self._marks.of(c)[-1], computed), len(c.token_ids), c.block_ids)
 
     def _run(self, fed: Sequence[Sequence[int]], ends: Sequence[int], tables: Sequence[Sequence[int]]) -> Tensor:
         """Logits behind the last token of each row: `fed` tokens that end at position `ends`."""

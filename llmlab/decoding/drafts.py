@@ -187,4 +187,16 @@ class Oracle:
         return (token + 1) % self._vocab_size if spoiled else token
 
 
-DRAFT_SOURCES: Registry[DraftSource] = Registry("speculation", {"ngram": lambda setup: NGram(), "suffix": lambda setup: Suffix()})
+def layer_skip(setup: DraftSetup) -> DraftSource:
+    """The target drafts for itself with the first half of its layers; their KV is the target's own."""
+    if setup.target is None:
+        raise ConfigError("speculation", "layer_skip", "the simulator has no layers to skip",
+                          "Say what would be accepted: llmlab.speculating.Simulated((0.5, 0.4), draft=...).")  # fmt: skip
+    from llmlab.decoding.draft_model import DraftModel
+
+    return DraftModel(setup.target, setup, max(1, setup.target.shape.num_layers // 2))
+
+
+DRAFT_SOURCES: Registry[DraftSource] = Registry(
+    "speculation", {"ngram": lambda setup: NGram(), "suffix": lambda setup: Suffix(), "layer_skip": layer_skip}
+)

@@ -33,6 +33,9 @@ from roofline.shapes import Shape
 # What llmlab's executor needs for a step on a CPU whatever the step holds: Python, and the first touch of the weights.
 # Fitted by benchmarks/fidelity.py to whole steps of lab-s and of a 28M Llama on one thread of `cpu-2core`: 0.32 ms both.
 CPU_STEP_SECONDS = 3.2e-4
+# The same for one pass of a draft model, which no scheduler plans: from benchmarks/speculation.py, lab-m with lab-xs, rounds
+# of 3 and of 6 drafts, one thread.
+CPU_DRAFT_SECONDS = 1.2e-4
 DEFAULT_HOST = "xeon-6130-2s"  # the CPU beside a GPU, if nobody says which
 
 
@@ -212,6 +215,28 @@ def split_step(items: Sequence[WorkItem], whole: StepCost, layers: RooflineLayer
     seconds = max(spans[i].end for i in graph.ends)
     return Cost(seconds, whole.flops, Traffic(hbm=whole.bytes_hbm, h2d=bytes_by["h2d"], d2h=bytes_by["d2h"]), whole.joules,
                 max(work, key=lambda name: work[name]))  # fmt: skip
+class DraftCost:
+    """What a draft model's own passes cost: those of an engine, but for the time that a step takes on a CPU."""
+
+    def __init__(self, cost: RooflineCost) -> None:
+        self._cost = cost
+        on_cpu = cost.hardware.kind == "cpu" and not isinstance(cost.model, ProfileCost)
+        self._saved = CPU_STEP_SECONDS - CPU_DRAFT_SECONDS if on_cpu else 0.0
+
+    def step(self, items: Sequence[WorkItem]) -> Cost:
+        cost = self._cost.step(items)
+        return Cost(max(0.0, cost.seconds - self._saved), cost.flops, cost.bytes, cost.joules, cost.bound)
+
+    def swap(self, num_blocks: int) -> Cost:
+        return self._cost.swap(num_blocks)
+
+    def block_bytes(self) -> int:
+        return self._cost.block_bytes()
+
+    def layers(self) -> RooflineLayers:
+        return self._cost.layers()
+
+
 def draft_seconds(cost: CostModel | None, items: Sequence[WorkItem], k: int | None = None) -> float:
     """What a draft model takes to propose `k` tokens behind each item, one after the other; by default as many as the
     items ask for. It also computes the prompts that the items compute."""
@@ -232,10 +257,17 @@ def _draft_row(item: WorkItem, level: int) -> WorkItem:
 
 def draft_outlook(cost: CostModel, draft_cost: CostModel | None, longest: int) -> DraftOutlook:
     """What a draft policy is told: rounds of drafting and verification, priced."""
+    known: dict[tuple[int, int, int], float] = {}
+
     def seconds(items: Sequence[WorkItem], k: int) -> float:
-        ahead = [WorkItem(i.request, Span(i.tokens[1], i.tokens[1] + 1 + k), drafts=(0,) * k) for i in items]
-        behind = [WorkItem(i.request, Span(max(0, i.tokens[1] - 1), i.tokens[1])) for i in items]
-        return cost.step(ahead).seconds + draft_seconds(draft_cost, behind, k)
+        """All items taken as equally long, in steps of 64 tokens: a policy asks this for every k in every step."""
+        length = 64 * max(1, -(-sum(item.tokens[1] for item in items) // (64 * max(1, len(items)))))
+        key = (len(items), k, length)
+        if key not in known:
+            ahead = [WorkItem(i.request, Span(length, length + 1 + k), drafts=(0,) * k) for i in items]
+            behind = [WorkItem(i.request, Span(length - 1, length)) for i in items]
+            known[key] = cost.step(ahead).seconds + draft_seconds(draft_cost, behind, k)
+        return known[key]
 
     return DraftOutlook(longest, seconds)
 

@@ -14,8 +14,8 @@ from llmlab.types import ItemResult, PolicyError
 class Drafter:
     """A guarded source. Drafts never change answers, so whatever it does wrong costs its drafts and nothing else."""
 
-    def __init__(self, source: DraftSource, vocab_size: int) -> None:
-        self._source, self._vocab_size = source, vocab_size
+    def __init__(self, source: DraftSource, vocab_size: int, trees: bool = True) -> None:
+        self._source, self._vocab_size, self._trees = source, vocab_size, trees
 
     def extend(self, rows: Sequence[Row], results: Sequence[ItemResult], known: Callable[[Row, ItemResult], Sequence[int]]
                ) -> tuple[ItemResult, ...]:  # fmt: skip
@@ -42,6 +42,8 @@ class Drafter:
             return msgspec.structs.replace(result, draft_error=str(error))
         if not checked.token_ids:
             return result
+        if checked.parents and not self._trees:
+            return msgspec.structs.replace(result, draft_error="this executor verifies chains only, no trees")
         return msgspec.structs.replace(result, drafts=checked.token_ids, parents=checked.parents)
 
 

@@ -39,7 +39,8 @@ def script(oracle: Oracle, acceptance: Sequence[float]) -> Script:
 
 
 def sources(oracle: Oracle) -> dict[str, Any]:
-    return {"ngram": "ngram", "suffix": "suffix", "itself": str(oracle.directory), "script": script(oracle, (0.9, 0.6))}
+    return {"ngram": "ngram", "suffix": "suffix", "itself": str(oracle.directory), "script": script(oracle, (0.9, 0.6)),
+            "layer_skip": "layer_skip"}
 
 
 @st.composite
@@ -55,9 +56,9 @@ def rough_rides(draw: st.DrawFn) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("source", ["ngram", "suffix", "itself", "script"])
+@pytest.mark.parametrize("source", ["ngram", "suffix", "itself", "script", "layer_skip"])
 @given(fields=rough_rides(), seed=st.integers(0, 2**16))
-@settings(max_examples=10)
+@settings(max_examples=8)
 def test_rough_rides_end_at_the_tokens_of_plain_decoding(source: str, fields: dict[str, Any], seed: int, oracle: Oracle) -> None:
     """Arrivals in between, aborts, preemptions, prefix hits, chunks, and drafts of every source."""
     rng = random.Random(seed)
@@ -201,6 +202,17 @@ def test_ids_outside_the_vocabulary_stop_the_drafts_and_not_the_answer(oracle: O
         assert tokens_of(serve(engine)[name]) == [oracle.greedy(PROMPTS[2], 12)]
     failed = engine.log.filter(ev.PolicyFailed)
     assert failed and "outside the vocabulary" in failed[0].error and engine.log.filter(ev.Verified)
+
+
+def test_a_tree_is_refused_where_only_chains_are_verified(oracle: Oracle) -> None:
+    class Forked:
+        def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
+            return [Proposal((1, 2), (-1, -1)) if c.k > 1 else Proposal() for c in contexts]
+
+    with tiny_engine(oracle.directory, speculation=Forked()) as engine:
+        name = engine.add_request(PROMPTS[2], greedy(6))
+        assert tokens_of(serve(engine)[name]) == [oracle.greedy(PROMPTS[2], 6)]
+    assert "chains only" in engine.log.filter(ev.PolicyFailed)[0].error
 
 
 def test_a_draft_model_keeps_silent_where_its_context_ends(oracle: Oracle, tmp_path: Path) -> None:

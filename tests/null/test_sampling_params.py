@@ -23,7 +23,7 @@ WRONG: dict[str, list[Any]] = {
     "seed": ["a", 1.5, NAN, True, 2**63, -(2**63) - 1],
     "stop": ["", ("a", ""), (3,), 5],
     "stop_token_ids": [(-1,), ("a",), (NAN,), "ab", 5],
-    "ignore_eos": ["yes", 1, None, NAN],
+    "ignore_eos": ["yes", 1, None, NAN], "deterministic": ["yes", 1, None],
     "logprobs": [-1, NAN, 1.5],
     "prompt_logprobs": [-1, NAN, 1.5],
     "presence_penalty": [-2.1, 2.1, NAN, INF, None],
@@ -34,7 +34,7 @@ WRONG: dict[str, list[Any]] = {
 RIGHT: dict[str, list[Any]] = {
     "n": [1, 8], "max_tokens": [1, None, 10**9], "min_tokens": [0, 16], "temperature": [0, 0.0, 1e-30, 1, 1e300],
     "top_p": [1e-300, 1, 1.0], "top_k": [-1, 0, 1, 10**12], "min_p": [0, 1], "seed": [None, -5, 2**63 - 1, -(2**63)],
-    "stop": ["end", ["a", "b"], None, ()], "stop_token_ids": [[1, 2], None], "ignore_eos": [True, False],
+    "stop": ["end", ["a", "b"], None, ()], "stop_token_ids": [[1, 2], None], "ignore_eos": [True, False], "deterministic": [True, False],
     "logprobs": [None, 0, 5], "prompt_logprobs": [None, 0], "presence_penalty": [-2, 2.0],
     "frequency_penalty": [-2, 2.0], "repetition_penalty": [1e-3, 1, 50], "logit_bias": [None, {}, {3: -100, 0: 1.5}],
 }

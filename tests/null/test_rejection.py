@@ -1,0 +1,129 @@
+"""What comes out of verification is distributed as the target has it: 200,000 draws, chi-square."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llmlab import rng
+from llmlab.decoding.rejection import accept_chain, accept_tree, draw, residual
+from llmlab.types import LabError
+
+N, VOCAB, DEPTH = 200_000, 5, 3
+DICE = np.random.default_rng(7)
+
+
+def tables(seed: int, depth: int = DEPTH, sharp: float = 1.5) -> list[np.ndarray]:
+    """Probabilities of the next token given the path so far: [V] * d + [V], one table for each depth."""
+    dice = np.random.default_rng(seed)
+    found = [np.exp(sharp * dice.normal(size=(VOCAB,) * (d + 1))) for d in range(depth + 1)]
+    found[1][0, :2] = 0.0  # a token that may not follow
+    return [table / table.sum(-1, keepdims=True) for table in found]
+
+
+def filtered(table: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
+    """As temperature and top_p change a distribution."""
+    p = table ** (1 / temperature)
+    p /= p.sum(-1, keepdims=True)
+    order = np.argsort(-p, -1)
+    ranked = np.take_along_axis(p, order, -1)
+    keep = ranked.cumsum(-1) - ranked < top_p
+    cut = np.zeros_like(p)
+    np.put_along_axis(cut, order, np.where(keep, ranked, 0.0), -1)
+    return cut / cut.sum(-1, keepdims=True)
+
+
+def chi_square_p(counts: np.ndarray, wanted: np.ndarray) -> float:
+    """P-value by Wilson and Hilferty's approximation; cells that cannot occur must be empty."""
+    assert counts[wanted == 0].sum() == 0
+    expected = wanted[wanted > 0] * counts.sum()
+    statistic, free = float(((counts[wanted > 0] - expected) ** 2 / expected).sum()), int((wanted > 0).sum()) - 1
+    z = ((statistic / free) ** (1 / 3) - (1 - 2 / (9 * free))) / np.sqrt(2 / (9 * free))
+    from math import erfc, sqrt
+
+    return 0.5 * erfc(float(z) / sqrt(2))
+
+
+def first_two(target: list[np.ndarray]) -> np.ndarray:
+    """The joint distribution of the first two tokens, [V * V]."""
+    return (target[0][:, None] * target[1]).ravel()
+
+
+def sampled_chain(target: list[np.ndarray], draft: list[np.ndarray], k: int) -> np.ndarray:
+    """The first two tokens of rounds of k drafts, topped up from the target."""
+    path: list[np.ndarray] = []
+    for d in range(k):
+        path.append(draw(draft[d][tuple(path)] if d else np.tile(draft[0], (N, 1)), DICE))
+    p = np.stack([np.tile(target[0], (N, 1)), *(target[d][tuple(path[:d])] for d in range(1, k + 1))], 1)
+    q = np.stack([np.tile(draft[0], (N, 1)), *(draft[d][tuple(path[:d])] for d in range(1, k))], 1)
+    got = accept_chain(p, q, np.stack(path, 1), DICE)
+    first = np.where(got.counts >= 1, path[0], got.tokens)
+    second = np.where(got.counts >= 2, path[1 % k], got.tokens)
+    short = got.counts == 0
+    second[short] = draw(target[1][first[short]], DICE)
+    return np.bincount(first * VOCAB + second, minlength=VOCAB**2)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.7), (1.7, 0.9)])
+@pytest.mark.parametrize("k", [2, 3])
+def test_chains_are_lossless(k: int, temperature: float, top_p: float) -> None:
+    target = [filtered(table, temperature, top_p) for table in tables(1)]
+    counts = sampled_chain(target, [filtered(table, temperature, top_p) for table in tables(2)], k)
+    assert counts.sum() == N and chi_square_p(counts, first_two(target)) > 0.001
+
+
+def test_the_test_sees_a_wrong_rule() -> None:
+    """Whoever draws the token behind a rejection from p instead of the rest is found out."""
+    target, draft = tables(1), tables(2)
+    x = draw(np.tile(draft[0], (N, 1)), DICE)
+    held = DICE.random(N) < target[0][x] / draft[0][x]
+    wrong = np.where(held, x, draw(np.tile(target[0], (N, 1)), DICE))
+    assert chi_square_p(np.bincount(wrong, minlength=VOCAB), target[0]) < 1e-6
+
+
+def test_trees_are_lossless() -> None:
+    """Three children of the root, drawn from two draft models, and two children of the first of them."""
+    target, one, two = tables(1), tables(2), tables(3)
+    parents = (-1, -1, -1, 0, 0)
+    roots = [draw(np.tile(table[0], (N, 1)), DICE) for table in (one, two, one)]
+    leaves = [draw(one[1][roots[0]], DICE) for _ in range(2)]
+    drafts = np.stack([*roots, *leaves], 1)
+    q = np.stack([*(np.tile(t[0], (N, 1)) for t in (one, two, one)), one[1][roots[0]], one[1][roots[0]]], 1)
+    p = np.stack([np.tile(target[0], (N, 1)), *(target[1][r] for r in roots), *(target[2][roots[0], leaf] for leaf in leaves)], 1)
+    got = accept_tree(p, q, drafts, parents, DICE)
+    depth = np.where(got.nodes < 0, 0, np.where(got.nodes < 3, 1, 2))
+    first = np.where(depth == 0, got.tokens, drafts[np.arange(N), np.where(depth == 2, 0, np.maximum(got.nodes, 0))])
+    second = np.where(depth == 2, drafts[np.arange(N), np.maximum(got.nodes, 0)], got.tokens)
+    second[depth == 0] = draw(target[1][first[depth == 0]], DICE)
+    counts = np.bincount(first * VOCAB + second, minlength=VOCAB**2)
+    assert chi_square_p(counts, first_two(target)) > 0.001
+    assert (depth > 0).mean() > 1 - 0.5 * np.abs(target[0] - one[0]).sum()  # more branches hold more often than one
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_the_engines_rule_is_lossless_for_any_drafts(certain: bool) -> None:
+    """The target's token is drawn with the number of its position and compared: drafts cannot change it. Drafts drawn with
+    the same number hold more often than others."""
+    target, draft = tables(1)[0], tables(2)[0]
+    u = np.array([rng.uniform(3, f"r{i}", 9) for i in range(N)])
+    token = (target.cumsum() <= u[:, None]).sum(1)
+    assert chi_square_p(np.bincount(token, minlength=VOCAB), target) > 0.001
+    drafts = np.full(N, draft.argmax()) if certain else (draft.cumsum() <= u[:, None]).sum(1)
+    expected = target[draft.argmax()] if certain else 0.0
+    assert abs((drafts == token).mean() - expected) < 0.005 if certain else (drafts == token).mean() > (target * draft).sum()
+
+
+def test_a_draft_that_is_certain_holds_with_its_probability() -> None:
+    target = tables(1)[0]
+    x = int(target.argmax())
+    q = np.zeros((N, 1, VOCAB))
+    q[:, 0, x] = 1.0
+    got = accept_chain(np.tile(target, (N, 2, 1)), q, np.full((N, 1), x), DICE)
+    assert abs(got.counts.mean() - target[x]) < 0.005
+    assert not (got.tokens[got.counts == 0] == x).any()
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(LabError, match="does not fit 2 rows of 1 drafts"):
+        accept_chain(np.ones((2, 1, 3)), np.ones((2, 1, 3)), np.zeros((2, 1), int), DICE)
+    assert residual(np.array([[0.5, 0.5]]), np.array([[0.5, 0.5]])).tolist() == [[0.5, 0.5]]
