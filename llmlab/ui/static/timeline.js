@@ -686,7 +686,7 @@ class View {
   }
 
   axis(g, width, y, height, labels) {
-    const [a, b] = this.drawn, per = this.book.meta.ticks, wide = width - LEFT - RIGHT, step = niceStep((b - a) / per, Math.max(2, wide / 90));
+    const [a, b] = this.drawn, per = this.book.meta.ticks, wide = width - LEFT - RIGHT, step = niceStep((b - a) / per, Math.max(4, wide / 90));
     const unit = step >= 0.5 ? [1, "s"] : step >= 5e-4 ? [1e3, "ms"] : [1e6, "µs"];
     g.textAlign = "center"; g.strokeStyle = this.c.grid; g.lineWidth = 1;
     for (let t = Math.ceil(a / per / step) * step; t * per <= b; t += step) {
