@@ -10,7 +10,7 @@
 # - say what goes into a step of a model and what comes out of it;
 # - turn scores into probabilities, and say what *temperature* and *top-p* do to them;
 # - predict how often a sampled model says what, and check it against a real engine;
-# - explain why the same engine should be greedy with sums and not with stories.
+# - say which answers heat ruins, and which ones greed does.
 #
 # Everything here is **measured**: the real engine runs `lab-s`, a model of 1.25 million parameters that comes with
 # llmlab. It needs no GPU and no download.
@@ -206,8 +206,9 @@ show(bars([Bar(f"T = {t:g}", s) for t, s in share.items()], "share of right answ
           f"{WHERE}. {len(sums)} held-out problems, one answer each"))
 
 # %% [markdown]
-# A sum has one right next token, and every detour costs the answer. But greed loses too. Ask for a story, greedily and
-# at `T = 1`, and count how many of its sentences are new:
+# Heat ruins sums: most tokens have one right choice, and one wrong digit spoils all that follows. (Up to `T = 1` the bars
+# differ by no more than chance does with sixteen problems.) But greed loses, too. Ask for a story, greedily and at `T = 1`,
+# and count how many of its sentences are new:
 
 # %%
 for temperature in (0.0, 1.0):
