@@ -9,11 +9,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-HUGE = 2 << 20  # bytes of a huge page; asking for another size costs nothing but the gain
+HUGE = 2 << 20  # bytes of a huge page; where they have another size nothing but the gain is lost
+FIRST = 4 * HUGE  # bytes that are taken at once
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU, in huge pages if they fill some and the system allows it; memory is taken when it is first written.
+    """Zeros on the CPU, in huge pages if they fill some and the system allows it. The first of them are taken at once, as
+    the first requests would wait for them; the others when they are first written.
 
     Raises RuntimeError or OSError if there is no room.
     """
@@ -25,4 +27,5 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     start = -raw.data_ptr() % HUGE
     with suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
+    raw[start : start + min(size, FIRST)] = 0
     return raw[start : start + size].view(dtype).view(shape)
