@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmlab.kernels import pages
 from llmlab.kernels.pool import Call, Pool, Region, barrier, record, thread_num
 from llmlab.kernels.vector import (
     BF16,
@@ -185,7 +186,8 @@ def pack_panels(weight: Tensor) -> Tensor:
     panels = -(-rows // PANEL)
     padded = weight.new_zeros(panels * PANEL, depth)
     padded[:rows] = weight
-    return padded.view(panels, PANEL, depth).transpose(1, 2).contiguous()
+    packed = pages.zeros((panels, depth, PANEL), weight.dtype)
+    return packed.copy_(padded.view(panels, PANEL, depth).transpose(1, 2))
 
 
 def address(tensor: Tensor | None) -> int:
