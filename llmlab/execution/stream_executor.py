@@ -10,6 +10,7 @@ With `HostLine` all of this runs on a CPU, at once and in order; with `CudaLine`
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -183,14 +184,28 @@ class StreamExecutor(TorchExecutor):
         step.samples = [places.get(row.request.id, -1) if row.item.emit == "sample" else -1 for row in rows]
         tokens: Tensor | None = None
         if self.graphs is not None and rows and all(row.item.num_tokens == 1 for row in rows) and len(emitting) == len(rows):
-            tokens = self.graphs.run([self._decode_row(row) for row in rows])
-            step.facts = self.graphs.facts
+            tokens = self._replayed(step, rows)
         if tokens is None and rows:
             tokens = self._eagerly(step, rows, emitting)
         if tokens is not None and emitting:
             step.tokens = self.line.host_empty((len(tokens),), torch.int64)
             step.tokens.copy_(tokens, non_blocking=True)
         step.ended = self.line.mark()
+
+    def _replayed(self, step: InFlight, rows: Sequence[Row]) -> Tensor | None:
+        """The tokens of a graph; None, now and for good, if graphs do not work here."""
+        assert self.graphs is not None
+        decoding = [self._decode_row(row) for row in rows]
+        try:
+            tokens = self.graphs.run(decoding)
+        except torch.OutOfMemoryError:
+            raise  # a smaller batch may fit; the step says what happened
+        except Exception as error:  # a driver, a library or a kernel that cannot be recorded
+            logging.getLogger("llmlab").warning("graphs are off from here on, steps run kernel by kernel: %s", error)
+            self.graphs = None
+            return None
+        step.facts = self.graphs.facts
+        return tokens
 
     def _eagerly(self, step: InFlight, rows: Sequence[Row], emitting: Sequence[Row]) -> Tensor | None:
         """Any mixture of prompts, chunks and decoding rows, one kernel after the other."""

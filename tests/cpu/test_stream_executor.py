@@ -111,6 +111,20 @@ def test_a_step_that_cannot_be_queued_fails_its_rows_and_the_engine_goes_on(dire
     assert len(serve_rest(engine)["later"].outputs[0].token_ids) == 6
 
 
+@pytest.mark.usefixtures("streamed")
+def test_where_graphs_cannot_be_recorded_steps_run_without_them(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: HostLine, work: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    want, _ = answers(directory, SAMPLING["greedy"], overlap_depth=1)
+    monkeypatch.setattr(HostLine, "capture", refuse)
+    have, engine = answers(directory, SAMPLING["greedy"], overlap_depth=1)
+    assert have == want and engine.executor.graphs is None
+    assert [r.message for r in caplog.records if "graphs are off" in r.message]
+
+
 def serve_rest(engine: Any) -> dict[str, Any]:
     done: dict[str, Any] = {}
     while engine.has_unfinished_requests():

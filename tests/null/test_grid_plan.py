@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from llmlab import EngineConfig
+from llmlab.cli.app import app
 from llmlab.execution.cost import RooflineCost
 from llmlab.kernels.attention_plan import (
     PARTIAL,
@@ -182,3 +186,17 @@ def test_only_a_gpu_has_a_grid() -> None:
         RooflineCost(shapes.get("llama-2-7b"), "cpu-2core", 16, attention_plan="balanced")
     with pytest.raises(ConfigError, match="attention_plan"):
         EngineConfig(attention_plan="best")  # type: ignore[arg-type]
+
+
+def test_the_command_prints_the_table_of_a_card_that_is_not_here() -> None:
+    def call(*words: str) -> Any:
+        return CliRunner().invoke(app, ["kernels", *words])
+
+    shown = call("--device", "Tesla T4", "--json")
+    assert shown.exit_code == 0
+    rows = {row["op"]: row for row in json.loads(shown.output)}
+    assert rows["dtype"]["implementation"] == "float16" and "SDPA" in rows["attention, prefill"]["implementation"]
+    assert all(row["why"] for row in rows.values())
+    assert call("--device", "a10").exit_code == call("--device", "h100", "--dtype", "float16").exit_code == 0
+    for words in (("--device", "t5"), ("--device", "t4", "--dtype", "bfloat16"), ("--device", "t4", "--kernels", "cutlass")):
+        assert isinstance(call(*words).exception, (ConfigError, SystemExit))
