@@ -84,7 +84,8 @@ def finding(traffic: list[Traffic]) -> str:
     fetched, demand = sum(t.fetched for t in traffic), sum(t.demand for t in traffic)
     vain = sum(t.unused for t in traffic)
     moved = sum(t.bytes for t in traffic)
-    size = f" ({moved / 1e9:.3g} GB)" if moved >= 1e9 else f" ({moved / 1e6:.3g} MB)" if moved else ""
+    amount, unit = (moved / 1e9, "GB") if moved >= 1e9 else (moved / 1e6, "MB")
+    size = f" ({amount:,.0f} {unit})" if amount >= 100 else f" ({amount:.3g} {unit})" if moved else ""
     how = f", {percent(demand / fetched)} of them on demand" if fetched else ""
     return (f"Which experts move: {fetched} fetch{'' if fetched == 1 else 'es'}{size}{how}"
             + (f"; {count(vain, 'expert')} left unused" if vain else ""))  # fmt: skip
