@@ -49,10 +49,11 @@ def _(submitted):
 
 @app.cell(hide_code=True)
 def _(blocks, editor, example, go, goal, load, machine, seeds):
-    mo.hstack([
-        mo.vstack([example, editor, go]),
-        mo.vstack([machine, load, blocks, seeds, goal]),
-    ], widths=[2, 1], gap=2, align="start", wrap=True)  # fmt: skip
+    mo.vstack([
+        mo.hstack([machine, load, blocks, seeds, goal], justify="start", gap=1.2, wrap=True),
+        editor,
+        mo.hstack([go, example], justify="start", gap=1.2, wrap=True),
+    ])  # fmt: skip
     return
 
 

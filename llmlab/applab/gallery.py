@@ -29,6 +29,10 @@ APPS = (
         "A model, a machine, a batch: what bounds a step, what fits into memory, and what it costs in joules."),
     App("kv_lab", "KV lab",
         "Who owns the memory: block size, shared beginnings and eviction, and what each of them saves."),
+    App("speculation", "Speculation",
+        "Draft several tokens, verify them in one step: how many were right, and was it worth it? On the real engine."),
+    App("experts", "Experts",
+        "A mixture of experts of which only some fit on the device: fetch them, keep them, or compute them on the CPU?"),
 )  # fmt: skip
 
 

@@ -29,16 +29,16 @@ def page_theme() -> str:
     return str(chosen) if chosen in ("light", "dark") else "dark" if meta.theme == "dark" else "light"
 
 
-def first_run() -> Run:
-    """The recorded run that the apps open with."""
-    return Run.load(gallery.recorded_runs()["first-look"])
+def recorded(name: str) -> Run:
+    """A run that comes with llmlab."""
+    return Run.load(gallery.recorded_runs()[name])
 
 
 def first_look() -> Any:
     """The timeline of the recorded run, to look at while something else is being prepared."""
     from llmlab.ui.widget import Timeline
 
-    return Timeline(first_run(), theme=page_theme())
+    return Timeline(recorded("first-look"), theme=page_theme())
 
 
 def once(work: Callable[[], object]) -> None:

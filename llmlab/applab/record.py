@@ -1,4 +1,5 @@
-"""Record the run that the apps open with: `python -m llmlab.applab.record FILE.jsonl.zst`.
+"""Record the runs that the apps open with: `python -m llmlab.applab.record FILE.jsonl.zst`
+(the engine room), `python -m llmlab.applab.record FOLDER` (speculation).
 
 Real and measured, on the machine at hand: the live engine's configuration with a pool that is too small, 40 requests of
 its stream, and a long prompt in the middle.
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from llmlab.applab import spec
 from llmlab.applab.live import LIVE
 from llmlab.applab.stream import Stream
 from llmlab.engine import Engine
@@ -37,5 +39,17 @@ def record(path: Path) -> Run:
         return run
 
 
+def record_drafts(folder: Path) -> None:
+    """What the page on speculation opens with: the same problems with drafts and without."""
+    drafting = spec.Drafting()
+    spec.plain(drafting.task, drafting.batch).save(folder / "no-drafts.jsonl.zst")
+    spec.served(drafting, drafting.task, drafting.batch)
+    spec.served(drafting, drafting.task, drafting.batch).save(folder / "drafts.jsonl.zst")
+
+
 if __name__ == "__main__":
-    print(record(Path(sys.argv[1])))
+    place = Path(sys.argv[1])
+    if place.is_dir():
+        record_drafts(place)
+    else:
+        print(record(place))

@@ -182,7 +182,8 @@ _HEAD = f"""
   .llmlab-finding {{ font: 600 18px/1.3 Liberation Sans, Helvetica, Arial, sans-serif; margin: 10px 0 2px; }}
   .llmlab-sub {{ font: 13px/1.4 Liberation Sans, Helvetica, Arial, sans-serif; margin: 0 0 8px; opacity: .7; }}
   .vega-embed {{ max-width: 100%; }} .vega-embed canvas, .vega-embed svg {{ max-width: 100% !important; height: auto !important; }}
-  .output-area {{ padding-left: 12px; padding-right: 12px; overflow-x: auto; }} #App h1 {{ margin: 12px 0 2px; }} #App .output {{ margin-bottom: 6px; }}
+  .output-area {{ padding-left: 12px; padding-right: 12px; overflow-x: auto !important; max-width: 100%; }}
+  #App .marimo-cell {{ min-width: 0; max-width: 100%; }} #App h1 {{ margin: 12px 0 2px; }} #App .output {{ margin-bottom: 6px; }}
   .marimo-output-stale, .output-area-stale {{ opacity: 1 !important; }}
 </style>
 <script>{_SCRIPT}

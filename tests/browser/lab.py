@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-IMPATIENT = 30_000  # milliseconds
+IMPATIENT = 60_000  # milliseconds
 
 
 @contextmanager
@@ -72,7 +72,7 @@ class Page:
         """Assert that `act` changes what `look` sees."""
         before = look()
         act()
-        self.becomes(lambda: look() != before, f"{why}: nothing changed")
+        self.becomes(lambda: look() != before, f"{why}: nothing changed", 90)
 
     def slide(self, label: str, key: str, times: int = 1) -> None:
         """Move the slider with this label by arrow keys."""

@@ -198,6 +198,33 @@ def test_kv_lab(browser: Any, lab: str, screenshots: Path) -> None:
     page.close()
 
 
+def test_speculation(browser: Any, lab: str, screenshots: Path) -> None:
+    page = Page(browser, lab, "light", 1280, 1000)
+    page.open(f"{lab}speculation/", ".vega-embed")
+    assert "drafted tokens are accepted" in finding(page) and page.says("Recorded earlier")
+    page.save(screenshots, "speculation_light_1280")
+    page.changes(lambda: finding(page), lambda: page.choose("drafts from", "a smaller model (lab-xs)"), "source")
+    assert page.says("Run here just now") and page.says("All answers are the same")
+    page.changes(lambda: finding(page), lambda: page.slide("tokens in a draft", "ArrowLeft", 2), "tokens")
+    page.changes(lambda: finding(page), lambda: page.choose("how many", "ewma"), "policy")
+    page.changes(lambda: finding(page), lambda: page.choose("what is asked", "chat"), "task")
+    page.changes(lambda: finding(page), lambda: page.slide("at once", "ArrowLeft"), "batch")
+    page.close()
+
+
+def test_experts(browser: Any, lab: str, screenshots: Path) -> None:
+    page = Page(browser, lab, "light", 1280, 1300)
+    page.open(f"{lab}experts/", ".vega-embed")
+    assert "lru makes" in finding(page)
+    page.page.wait_for_timeout(2000)
+    page.save(screenshots, "experts_light_1280")
+    page.changes(lambda: finding(page), lambda: page.choose("who decides", "balanced"), "policy")
+    page.changes(lambda: finding(page), lambda: page.slide("experts of a layer that fit", "ArrowRight", 2), "room")
+    page.changes(lambda: finding(page), lambda: page.choose("machine", "h100"), "machine")
+    page.changes(lambda: finding(page), lambda: page.slide("requests at once", "ArrowLeft"), "batch")
+    page.close()
+
+
 @pytest.mark.parametrize("name", [app.name for app in APPS if app.name != "engine_room"])
 def test_every_app_at_night_on_a_narrow_screen(browser: Any, lab: str, screenshots: Path, name: str) -> None:
     page = Page(browser, lab, "dark", 800, 1500)

@@ -7,11 +7,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from llmlab.applab import gallery, kv, roof, traces
+from llmlab.applab import experts, gallery, kv, roof, spec, traces
 from llmlab.events import catalog as ev
 from llmlab.runs import Run
 from llmlab.types import Cost, LabError
 from llmlab.ui import theme
+from llmlab.ui.speculation import verifications
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,14 @@ def test_a_cut_trace_opens_with_a_note(first_look: Run, tmp_path: Path) -> None:
     assert str(path.name) in " ".join(traces.traces_here(tmp_path))
 
 
+def test_the_recorded_drafts_change_no_answer() -> None:
+    drafts, plain = (Run.load(gallery.recorded_runs()[name]) for name in ("drafts", "no-drafts"))
+    assert spec.same_answers(drafts, plain) and not spec.same_answers(drafts, Run(plain.log_events[:-40]))
+    found = verifications(drafts)
+    share = sum(v.accepted for v in found) / sum(v.accepted + v.rejected for v in found)
+    assert f"{share:.0%} of" in spec.finding(drafts, plain) and "Nothing was drafted" in spec.finding(plain, plain)
+
+
 # --------------------------------------------------------------------------------- KV and roofline
 def test_the_account_of_a_pool_follows_its_knobs() -> None:
     usual, without = kv.account(kv.served(kv.Pool())), kv.account(kv.served(kv.Pool(caching=False)))
@@ -102,3 +111,14 @@ def test_two_set_ups_side_by_side() -> None:
     assert isinstance(big.fits, str) and big.fits[:40] in roof.table([big, b])
     assert roof.memory_chart([big, big]) is None
     assert len(roof.gains(a, roof.lens_names(a))) == len(roof.lens_names(a)) > 5
+
+
+def test_more_room_for_experts_is_never_slower_and_the_finding_says_what_was_run() -> None:
+    tight, roomy = (experts.served(experts.Offload(fit=fit, batch=1)).metrics.output_throughput for fit in (1, 5))
+    assert roomy > tight > 0
+    of = experts.Offload("on_demand", batch=1)
+    runs = experts.compared(of)
+    said = experts.finding(of, runs)
+    assert f"{runs['on_demand'].metrics.output_throughput:.3g} tokens" in said and "(1 times" in said
+    with theme.enable("dark"):
+        assert experts.chart(of, runs).to_dict()["title"]["text"]
