@@ -23,6 +23,7 @@ from llmlab.execution.cost import (
     DEFAULT_HOST,
     RooflineCost,
     find_profile,
+    host_share,
     is_profile,
     machine_here,
     wall_cost,
@@ -402,10 +403,16 @@ def _hardware(name: str) -> hw.Hardware:
         raise ConfigError("hardware", name, str(error), f"Known: {', '.join(hw.names())}.") from None
 
 
-def _host(config: EngineConfig) -> hw.Hardware | None:
-    """The CPU beside the device, as it was named."""
+def _host(config: EngineConfig) -> hw.Hardware | str | None:
+    """The CPU beside the device, as it was named, or its speed at attention as a share of the device's."""
     if config.host is None:
         return None
+    if config.host.endswith("%"):
+        try:
+            host_share(config.host)
+            return config.host
+        except ValueError as error:
+            raise ConfigError("host", config.host, str(error), "Write '8%', or name a CPU such as 'xeon-6130-2s'.") from None
     try:
         found = hw.get(config.host)
     except RooflineError as error:
@@ -467,7 +474,8 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, log: EventLo
         described = {"device": backend.hardware.name}
         if config.weights != "resident":
             return _expert_simulation(config, backend, cost, tokens, clock, log), speculation
-        return SimExecutor(cost, tokens, clock, described, config.block_size, drafting), speculation
+        return SimExecutor(cost, tokens, clock, described, config.block_size, drafting,
+                           detailed=config.log_level >= 4), speculation  # fmt: skip
     from llmlab.execution.torch_executor import TorchExecutor
 
     line = device_line(backend.loaded)
@@ -490,7 +498,10 @@ def _expert_simulation(config: EngineConfig, backend: Backend, cost: Any, tokens
 
     model = Roofline(backend.model.shape, backend.hardware, backend.precision)
     trace = routing_for(load_routing(config.routing), model)
-    price = RooflineExperts(model, host_of(_host(config) or hw.get(DEFAULT_HOST)))
+    host = _host(config) or hw.get(DEFAULT_HOST)
+    if isinstance(host, str):
+        raise ConfigError("host", host, "is a speed of attention; experts need to know the CPU", "Name it, such as 'xeon-6130-2s'.")
+    price = RooflineExperts(model, host_of(host))
     return ExpertSimExecutor(cost, tokens, clock, {"device": backend.hardware.name, "routing": trace.model}, config.block_size,
                              price=price, trace=trace, seam=_seam(config, log, "weights"),
                              num_slots=_num_slots(config, backend.model.shape))  # fmt: skip

@@ -22,7 +22,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     step while the previous one runs. `weights` places the experts of a mixture of which only `num_expert_slots` (over all
     layers; None: a quarter) fit on the device; the simulator takes who wants which expert from the trace `routing`;
     `layer_window` keeps only so many layers of a model in memory and reads the
-    others from disk as they come round. `host` names the CPU beside the device, for the cost of what is placed there.
+    others from disk as they come round. `host` names the CPU beside the device, for the cost of what is placed there
+    ("8%": one that attends at 8 % of the device's speed).
     `quantization`: "int8" or "int4" weights ("int4-g32-sym": group and zero, too). `gpu_memory`: what the engine may
     take of the device, in bytes, as "16GB", or as the device that it stands for ("t4"). `speculation` is where drafts come
     from: a registered source ("ngram", "suffix"), the name of a draft model, or an object (`seams.DraftSource`); None

@@ -16,7 +16,8 @@ from typing import Literal
 
 import llmlab
 from llmlab.execution.attention_cost import plan_cost
-from llmlab.execution.opgraph import Pending, build
+from llmlab.execution.opgraph import Pending
+from llmlab.execution.overlap import Overlap
 from llmlab.execution.timelines import Timelines, busy
 from llmlab.seams import CostModel, DraftOutlook
 from llmlab.types import Cost, Move, Span, Traffic, WorkItem
@@ -142,7 +143,7 @@ class RooflineLayers:
         self.num_layers = cost.shape.num_layers
         self._cost, self._model, self._engine = cost, model, engine
         self._roofline = model if isinstance(model, RooflineModel) else model.roofline
-        self._host: RooflineModel | None = None
+        self._host: RooflineModel | float | None = None
         act = self._roofline.precision.act_bytes
         rates = AttentionRates.of(cost.shape, self._roofline.precision)
         self._sent, self._returned = rates.bytes_per_token_in + cost.shape.kv_elements * act, rates.bytes_per_token_out
@@ -168,6 +169,8 @@ class RooflineLayers:
             return self._model.host_attention_seconds(rows)
         if self._host is None:
             self._host = host_model(self._roofline, self._cost.host or DEFAULT_HOST)
+        if isinstance(self._host, float):
+            return self._model.attention_seconds(rows) / self._host
         return self._host.attention_seconds(rows)
 
     def sent_bytes(self, num_tokens: int) -> float:
@@ -196,8 +199,19 @@ class RooflineLayers:
         return "h2d" if move.kind == "swap_in" else "d2h"
 
 
-def host_model(device: RooflineModel, host: Hardware | str) -> RooflineModel:
-    """The attention of a device's model on a CPU: the device's KV format in memory, arithmetic in the CPU's widest."""
+def host_share(host: str) -> float:
+    """The fraction that a text such as "8%" names. Raises ValueError."""
+    share = float(host.removesuffix("%")) / 100
+    if not 0 < share <= 10:
+        raise ValueError("the share must lie above 0 %")
+    return share
+
+
+def host_model(device: RooflineModel, host: Hardware | str) -> RooflineModel | float:
+    """The attention of a device's model on a CPU: the device's KV format in memory, arithmetic in the CPU's widest. A share
+    ("8%") stands for a CPU of that fraction of the device's speed."""
+    if isinstance(host, str) and host.endswith("%"):
+        return host_share(host)
     hardware, own = get_hardware(host), device.precision
     widest = hardware.default_dtype
     precision = replace(own, linear_format=widest, attention_format=widest)
@@ -207,14 +221,15 @@ def host_model(device: RooflineModel, host: Hardware | str) -> RooflineModel:
 def split_step(items: Sequence[WorkItem], whole: StepCost, layers: RooflineLayers) -> Cost:
     """A step some of whose items attend on the host: the time of its ops on otherwise idle timelines. Operations and
     bytes of memory are those of the whole model, wherever they are done."""
-    graph = build(items, (), {}, layers, Pending(), 0.0)
-    spans = Timelines().run(graph.ops, 0.0)
-    work, bytes_by = busy(spans), {"h2d": 0.0, "d2h": 0.0}
-    for op in graph.ops:
-        bytes_by[op.resource] = bytes_by.get(op.resource, 0.0) + op.num_bytes
-    seconds = max(spans[i].end for i in graph.ends)
-    return Cost(seconds, whole.flops, Traffic(hbm=whole.bytes_hbm, h2d=bytes_by["h2d"], d2h=bytes_by["d2h"]), whole.joules,
-                max(work, key=lambda name: work[name]))  # fmt: skip
+    overlap = Overlap(layers, 0.0, Timelines(), Pending())
+    seconds = overlap.place(items, (), 0.0)
+    work = busy(overlap.spans)
+    sent = sum(item.num_tokens * (layers.num_layers if item.layers is None else item.layers[1] - item.layers[0])
+               for item in items if item.device == "cpu")  # fmt: skip
+    traffic = Traffic(hbm=whole.bytes_hbm, h2d=layers.returned_bytes(sent), d2h=layers.sent_bytes(sent))
+    return Cost(seconds, whole.flops, traffic, whole.joules, max(work, key=lambda name: work[name]) if work else "")
+
+
 class DraftCost:
     """What a draft model's own passes cost: those of an engine, but for the time that a step takes on a CPU."""
 

@@ -173,7 +173,7 @@ class Hybrid:
         tokens that a row computes."""
         names = sorted({row.item.lane for row in rows})
         lanes = {name: Lane(self, [row for row in rows if row.item.lane == name], ids_of) for name in names}
-        for stage in stages(names, self.model.shape.num_layers):
+        for stage in stages(tuple(names), self.model.shape.num_layers):
             getattr(lanes[stage.lane], stage.act)(stage.layer)
         found: dict[str, Tensor] = {}
         for lane in lanes.values():

@@ -17,9 +17,10 @@ from llmlab.execution.base import Row, StepBatch, Ticket
 from llmlab.execution.cost import draft_seconds
 from llmlab.execution.drafting import Drafter
 from llmlab.execution.opgraph import Copied, Pending, build
+from llmlab.execution.overlap import Overlap
 from llmlab.execution.timelines import Timelines, busy
 from llmlab.seams import CostModel
-from llmlab.types import Durations, ItemResult, Request, ResourceSpan, Span, StepResult
+from llmlab.types import Durations, ItemResult, Move, Request, ResourceSpan, Span, StepResult
 
 
 class TokenSource(Protocol):
@@ -105,13 +106,13 @@ class SimExecutor:
 
     A step that stays on the device and moves no block is one op: `cost.step`. Any other becomes a graph of ops by layer
     (`llmlab.execution.opgraph`). Copies to the host may go on beside later steps, which wait for the blocks that they
-    write. `block_size` in tokens.
+    write. `block_size` in tokens; `detailed`: tell the spans of steps with rows on both tiers.
     """
 
     mode: Literal["measured", "simulated"] = "simulated"
 
     def __init__(self, cost: LayeredCost, tokens: TokenSource, clock: Clock, description: dict[str, Any], block_size: int,
-                 drafting: SimDrafting | None = None) -> None:  # fmt: skip
+                 drafting: SimDrafting | None = None, detailed: bool = True) -> None:  # fmt: skip
         self._drafting = drafting
         self._texts: dict[str, list[int]] = {}
         self._cost = cost
@@ -123,6 +124,9 @@ class SimExecutor:
         self._busy_until = 0.0
         self._timelines = Timelines()
         self._pending = Pending()
+        block = Move("swap_out", "", (0,), (0,))
+        kv_bytes = self._layers.move_bytes(block) / block_size / self._layers.num_layers
+        self._overlap = Overlap(self._layers, kv_bytes, self._timelines, self._pending, detailed)
         self._ahead: dict[str, tuple[int, Sequence[int]]] = {}  # by request: tokens from a position on, drawn together
 
     def submit(self, batch: StepBatch) -> Ticket:
@@ -165,6 +169,8 @@ class SimExecutor:
         return (*spans, drafted), Durations(durations.execute + drafting, parts=parts)
 
     def _place_step(self, batch: StepBatch, now: float, start: float) -> tuple[tuple[ResourceSpan, ...], Durations]:
+        if "cpu" in [item.home for item in batch.plan.items]:
+            return self._place_overlap(batch, start)
         if not self._is_plain(batch):
             return self._place_graph(batch, now, start)
         seconds = self._cost.step(batch.plan.items).seconds
@@ -177,6 +183,14 @@ class SimExecutor:
             return False
         placed = [(item.device, item.lane) for item in batch.plan.items]
         return placed.count(("device", 0)) == len(placed)
+
+    def _place_overlap(self, batch: StepBatch, start: float) -> tuple[tuple[ResourceSpan, ...], Durations]:
+        """A step with rows on both tiers; it begins when copies of earlier steps have ended."""
+        left = (ends[-1] for blocks in (self._pending.device_blocks, self._pending.host_blocks) for ends in blocks.values())
+        self._busy_until = self._overlap.place(batch.plan.items, batch.plan.moves, max([start, *left]))
+        self._timelines.free["device"] = self._busy_until
+        spans = tuple(self._overlap.spans)
+        return spans, Durations(self._busy_until - start, parts={**self._overlap.busy, "join_wait": self._overlap.waited})
 
     def _place_graph(self, batch: StepBatch, now: float, start: float) -> tuple[tuple[ResourceSpan, ...], Durations]:
         plan = batch.plan

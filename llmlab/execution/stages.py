@@ -14,6 +14,7 @@ Source of the interleaving: NEO (see papers: apex), whose half-steps these are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -26,8 +27,13 @@ class Stage(NamedTuple):
     layer: int
 
 
-def stages(lanes: Sequence[int], num_layers: int) -> Iterator[Stage]:
+@functools.lru_cache(maxsize=64)
+def stages(lanes: tuple[int, ...], num_layers: int) -> tuple[Stage, ...]:
     """The program of a step with these lanes, in the order in which the device meets it."""
+    return tuple(_stages(lanes, num_layers))
+
+
+def _stages(lanes: Sequence[int], num_layers: int) -> Iterator[Stage]:
     for lane in lanes:
         yield Stage("pre", lane, 0)
         yield Stage("begin", lane, 0)

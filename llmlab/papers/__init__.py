@@ -55,6 +55,7 @@ class Experiment(Protocol):
 
 # Slugs that have an experiment, and the module that holds it.
 EXPERIMENTS: Mapping[str, str] = {
+    "apex": "llmlab.papers.apex",
     "moe_offload": "llmlab.papers.moe_offload",
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from llmlab.registry import Registry
+from llmlab.scheduling.placement_modes import Overlapped, Pipelined
 from llmlab.seams import EngineView, Need, Placement, RequestView
 from llmlab.types import Home, WorkItem
 
@@ -43,5 +44,5 @@ class HostAttention:
 
 
 PLACEMENTS: Registry[Placement] = Registry(
-    "placement", {"device_only": DeviceOnly, "gpu_only": GpuOnly, "fastdecode": HostAttention}
+    "placement", {"device_only": DeviceOnly, "gpu_only": GpuOnly, "fastdecode": HostAttention, "neo": Pipelined, "apex": Overlapped}
 )

@@ -205,7 +205,7 @@ def test_a_run_with_copies_and_host_rows_forks_into_itself(overlap_depth: int, p
 
 @pytest.mark.parametrize("placement", ["device_only", OddOnesOnTheHost()])
 def test_level_four_tells_what_every_resource_did(placement: Any) -> None:
-    run = llmlab.run(config(placement=placement, log_level=4), load())
+    run = llmlab.run(config(placement=placement, log_level=4, host="1%"), load())
     spans = run.events("Span")
     for resource in RESOURCES:
         own = [(s.start, s.end) for s in spans if s.resource == resource]

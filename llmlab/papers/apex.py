@@ -1,0 +1,354 @@
+"""CPU and GPU in parallel: APEX's asynchronous overlap beside NEO's pipeline, FastDecode and the GPU alone.
+
+Three kinds of numbers, all simulated. *Steady state*: a fixed set of decodes, the real placement policies and the real
+timelines, step after step; cheap, so that whole maps can be drawn, and comparable with formulas by hand. *Closed loop*:
+whole requests through the whole engine, prompts and memory pressure included. *Boundary*: the pipeline forced, and the CPU
+speed found at which it equals the GPU alone. CPU speed is attention on the CPU over attention on the GPU ("8%").
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
+
+import llmlab
+from llmlab.config import EngineConfig
+from llmlab.events import catalog as ev
+from llmlab.execution.cost import RooflineCost
+from llmlab.execution.opgraph import Pending
+from llmlab.execution.overlap import Overlap
+from llmlab.execution.timelines import Timelines
+from llmlab.papers import Finding, Progress, Report, Table
+from llmlab.runs import Run
+from llmlab.scheduling.placement import PLACEMENTS
+from llmlab.scheduling.placement_modes import Pipelined, Times, Weigher
+from llmlab.seams import EngineView, Limits, Placed, PoolView, Rehome, RequestView
+from llmlab.types import Cost, Request, ResourceSpan, SamplingParams, Span, Status, WorkItem
+from roofline import shapes
+
+NAMES = ("gpu_only", "fastdecode", "neo", "apex")
+BLOCK = 16
+KV_T4 = 864  # KV tokens on the T4 (NEO's configuration, which APEX takes over)
+OSC = {"prompt": (210, 536), "output": (31, 59)}  # means 373 and 45: OpenAI summaries in NEO's file
+OSC_KV = 395  # tokens that a decode of these sees in the middle of its life
+SPEEDS = (2, 5, 8, 10, 20, 40)  # % of the GPU's attention
+BUDGETS = (432, 864, 1728, 3456, 6912)  # KV tokens on the GPU
+
+
+# ------------------------------------------------------------------------------------ steady state
+class Fleet(NamedTuple):
+    """A fixed set of decodes: `near` with their KV on the device, `away` on the host, `kv` tokens each."""
+
+    model: str
+    hardware: str
+    speed: float  # % of the device's attention
+    near: int
+    away: int
+    kv: int
+
+
+class Steady(NamedTuple):
+    """What a placement makes of a fleet: output tokens per second, how often each mode was chosen, spans of the last steps."""
+
+    rate: float
+    modes: dict[str, int]
+    spans: tuple[ResourceSpan, ...]
+    num_layers: int
+
+
+@lru_cache(maxsize=64)
+def _cost(model: str, hardware: str, speed: float) -> RooflineCost:
+    return RooflineCost(shapes.get(model), hardware, BLOCK, None, f"{speed}%")
+
+
+class _Request(NamedTuple):
+    """One decode of a fleet: everything but its cursor stays as it is."""
+
+    view: RequestView
+    item: WorkItem
+
+
+def _requests(fleet: Fleet) -> list[_Request]:
+    found = []
+    for number in range(fleet.near + fleet.away):
+        home = "device" if number < fleet.near else "cpu"
+        request = Request(f"r{number}", number, (0,), SamplingParams(), max_total_tokens=1 << 20)
+        view = RequestView(f"r{number}", number, float(number), 0, Status.RUNNING, 1, fleet.kv, fleet.kv - 1, 0,
+                           -(-fleet.kv // BLOCK), 0, request, home)  # type: ignore[arg-type]  # fmt: skip
+        found.append(_Request(view, WorkItem(f"r{number}", Span(fleet.kv - 1, fleet.kv), home=home)))  # type: ignore[arg-type]
+    return found
+
+
+def _nothing(option: str, items: Sequence[WorkItem]) -> Cost:
+    return Cost(0.0)
+
+
+def steady(placement: Any, fleet: Fleet, passes: int = 2) -> Steady:
+    """Steps of `fleet` under a placement, as many as a row needs that passes one layer a step to make `passes` tokens; the first
+    of them is not counted. Host rows begin at different layers, as they would after a while. No memory is short and nobody
+    moves, so that only the choice of modes and the timelines speak."""
+    costs = _cost(fleet.model, fleet.hardware, fleet.speed).layers()
+    requests = _requests(fleet)
+    cursors: dict[str, int] = {}
+    for number in range(fleet.near + fleet.away):
+        cursors[f"r{number}"] = 0 if number < fleet.near else number % (costs.num_layers + 1)
+    overlap = Overlap(costs, 0.0, Timelines(), Pending())
+    steps = passes * (costs.num_layers + 1)
+    clock, tokens, began, kept = 0.0, 0, 0.0, 0
+    modes: dict[str, int] = {}
+    spans: list[ResourceSpan] = []
+    for step in range(steps):
+        placed = _place(placement, fleet, requests, cursors, costs, step, clock)
+        clock = overlap.place(placed.items, (), clock)
+        overlap._timelines.free["device"] = clock
+        modes[placed.mode] = modes.get(placed.mode, 0) + 1
+        spans = [*(spans if step == steps - 1 else []), *overlap.spans]
+        for item in placed.items:
+            cursors[item.request] = item.layers[1] if item.halfway and item.layers is not None else 0
+        tokens += sum(item.emit == "sample" for item in placed.items)
+        if step == costs.num_layers:
+            began, kept = clock, tokens
+    return Steady((tokens - kept) / (clock - began), modes, tuple(spans), costs.num_layers)
+
+
+def _place(placement: Any, fleet: Fleet, requests: Sequence[_Request], cursors: dict[str, int], costs: Any, step: int,
+           clock: float) -> Placed:  # fmt: skip
+    running = tuple(replace(r.view, cursor=cursors[r.view.id]) if cursors[r.view.id] else r.view for r in requests)
+    pool = PoolView(1 << 20, 0, 0, 1 << 20, 1 << 19, BLOCK)
+    view = EngineView(clock, step, (), 0, running, pool, Limits(4096, 1 << 20, 1 << 20), _nothing, True, costs)
+    answer = placement.place(view, [r.item for r in requests])
+    return answer if isinstance(answer, Placed) else Placed(tuple(answer), mode="as it is")
+
+
+class Alone(Pipelined):
+    """The device alone: host rows wait for ever."""
+
+    name = "alone"
+
+    def weigh(self, weigher: Weigher, near: tuple[WorkItem, ...], moves: tuple[Rehome, ...]) -> Placed:
+        return Placed(near, moves, "gpu_only")
+
+
+class Forced(Pipelined):
+    """The pipeline, whatever it promises."""
+
+    name = "forced"
+
+    def weigh(self, weigher: Weigher, near: tuple[WorkItem, ...], moves: tuple[Rehome, ...]) -> Placed:
+        return Placed((*near, *weigher.in_lanes(weigher.lanes())), moves, "asym_pipeline")
+
+
+def policy(name: str) -> Any:
+    return Alone() if name == "gpu_only" else PLACEMENTS.resolve(name)
+
+
+def fleet_of(speed: float, budget: int, kv: int = OSC_KV, model: str = "llama-2-7b", hardware: str = "t4") -> Fleet:
+    """As many rows on the device as fit, and as many on the host as the CPU can serve in one pass of the device, and a third
+    more."""
+    near = max(1, budget // kv)
+    times = Times(_cost(model, hardware, speed).layers())
+    rows = [WorkItem("", Span(kv - 1, kv))] * near
+    layer = times.linears(near) + times.attention(rows)
+    served = times.costs.num_layers * layer / (times.row(rows[0]) + 1e-12)
+    return Fleet(model, hardware, speed, near, min(1500, int(1.33 * served) + 8), kv)
+
+
+# ---------------------------------------------------------------------------------------- by hand
+class ByHand(NamedTuple):
+    """Tokens per second of one layer's formulas, times 1 / L: GPU alone G, pipeline rows / (2 T_gl + T_ga) + C, overlap G + C."""
+
+    gpu_only: float
+    asym_pipeline: float
+    async_overlap: float
+
+
+def by_hand(fleet: Fleet) -> ByHand:
+    times = Times(_cost(fleet.model, fleet.hardware, fleet.speed).layers())
+    row = WorkItem("", Span(fleet.kv - 1, fleet.kv))
+    linear, attention = times.linears(fleet.near), times.attention([row] * fleet.near)
+    layers = times.costs.num_layers
+    cpu = 1 / (layers * times.row(row))
+    return ByHand(fleet.near / (layers * (linear + attention)), fleet.near / (layers * (2 * linear + attention)) + cpu,
+                  fleet.near / (layers * (linear + attention)) + cpu)  # fmt: skip
+
+
+class Crossing(NamedTuple):
+    """Where the pipeline equals the GPU alone: T_ga / T_gl, N_G / N_C as simulated and by eq. 6."""
+
+    share: float
+    simulated: float
+    equation: float
+
+
+def crossing(near: int, kv: int, model: str = "llama-2-7b", hardware: str = "t4") -> Crossing:
+    """By bisection over the CPU's speed."""
+    low, high = 0.5, 100.0
+    for _ in range(12):
+        middle = (low * high) ** 0.5
+        fleet = Fleet(model, hardware, round(middle, 4), near, 300, kv)
+        ahead = steady(Forced(), fleet).rate > steady(Alone(), fleet._replace(away=0)).rate
+        low, high = (low, middle) if ahead else (middle, high)
+    times = Times(_cost(model, hardware, round(high, 4)).layers())
+    rows = [WorkItem("", Span(kv - 1, kv))] * near
+    linear, attention = times.linears(near), times.attention(rows)
+    ratio = near * kv / attention * times.per_token
+    return Crossing(attention / linear, ratio, 2 * linear / attention + 3 + attention / linear)
+
+
+# ------------------------------------------------------------------------------------- closed loop
+class Loop(NamedTuple):
+    """One closed-loop run: output tokens/s between 30 % and 70 % of all tokens, and seconds per token by where a request
+    lived throughout."""
+
+    rate: float
+    modes: dict[str, int]
+    tpot: dict[str, tuple[float, ...]]
+    run: Run
+
+
+def closed_loop(placement: str, speed: float, *, hardware: str = "t4", model: str = "llama-2-7b", kv_tokens: int = KV_T4,
+                host_tokens: int = 128_000, num_requests: int = 450, clients: int = 224, prompt: Any = OSC["prompt"],
+                output: Any = OSC["output"], log_level: int = 1) -> Loop:  # fmt: skip
+    """Clients that ask again as soon as they are answered. The GPU alone gets chunked prefill and the cheaper of swapping and
+    recomputing: the honest baseline."""
+    work = llmlab.Workload.poisson(rate=1e6, n=num_requests, prompt=prompt, output=output, seed=1)
+    config = EngineConfig(
+        model=model, executor="sim", hardware=hardware, host=f"{speed:g}%", block_size=BLOCK, num_blocks=kv_tokens // BLOCK,
+        num_host_blocks=host_tokens // BLOCK, max_num_seqs=384, max_num_batched_tokens=512, placement=placement,
+        tiering="cheapest", enable_prefix_caching=False, log_level=log_level, check_interval=0, log_capacity=4_000_000,
+    )  # fmt: skip
+    run = llmlab.run(config, work.closed_loop(clients))
+    modes: dict[str, int] = {}
+    for decision in run.events("Decision"):
+        if decision.seam == "placement":
+            modes[decision.chosen] = modes.get(decision.chosen, 0) + 1
+    return Loop(window_rate(run), modes, _latencies(run), run)
+
+
+def window_rate(run: Run, low: float = 0.3, high: float = 0.7) -> float:
+    """Output tokens per second between the instants at which `low` and `high` of all were there."""
+    times: list[float] = []
+    for event in run.log_events:
+        if isinstance(event, ev.TokensReleased):
+            times += event.times or [event.t] * len(event.token_ids)
+    times.sort()
+    first, last = int(low * len(times)), int(high * len(times))
+    return (last - first) / (times[last] - times[first])
+
+
+def _latencies(run: Run) -> dict[str, tuple[float, ...]]:
+    homes: dict[str, set[str]] = {}
+    for event in run.log_events:
+        if isinstance(event, (ev.RequestAdmitted, ev.RequestRehomed, ev.RequestResumed)):
+            homes.setdefault(event.request or "", set()).add("GPU" if event.home == "device" else "CPU")
+    found: dict[str, list[float]] = {}
+    for name, metrics in run.requests.items():
+        if metrics.tpot is not None:
+            lived = homes.get(name, set())
+            found.setdefault(lived.pop() if len(lived) == 1 else "both", []).append(metrics.tpot)
+    return {where: tuple(sorted(values)) for where, values in sorted(found.items())}
+
+
+# -------------------------------------------------------------------------------------- experiment
+class Cell(NamedTuple):
+    """One point of the map."""
+
+    speed: float
+    budget: int
+    rates: dict[str, float]
+    hand: ByHand
+    modes: dict[str, int]
+
+    @property
+    def best_other(self) -> float:
+        return max(rate for name, rate in self.rates.items() if name != "apex")
+
+
+def cell(speed: float, budget: int) -> Cell:
+    fleet = fleet_of(speed, budget)
+    found = {name: steady(policy(name), fleet if name != "gpu_only" else fleet._replace(away=0)) for name in NAMES}
+    return Cell(speed, budget, {name: s.rate for name, s in found.items()}, by_hand(fleet), found["apex"].modes)
+
+
+def run(quick: bool, progress: Progress) -> Report:
+    speeds, budgets = (SPEEDS[::2], BUDGETS[1::3]) if quick else (SPEEDS, BUDGETS)
+    cells = []
+    for i, speed in enumerate(speeds):
+        progress(0.3 * i / len(speeds), f"map: CPU at {speed} %")
+        cells += [cell(speed, budget) for budget in budgets]
+    progress(0.3, "boundary of eq. 6")
+    crossings = [crossing(near, kv) for near, kv in ((64, 250), (64, 1000), (64, 500), (32, 1000))[: 2 if quick else 4]]
+    loops: dict[tuple[str, float], Loop] = {}
+    for share in () if quick else (5.0, 8.0, 10.0):
+        for i, name in enumerate(NAMES):
+            progress(0.4 + 0.6 * i / len(NAMES), f"closed loop: {name}, CPU at {share:g} %")
+            loops[name, share] = closed_loop(name, share)
+    return Report(
+        "apex", "CPU and GPU in parallel: asynchronous overlap (APEX) beside NEO, FastDecode and the GPU alone",
+        f"simulated: Llama-2-7B fp16 on a T4, {KV_T4} KV tokens in its memory unless said otherwise, lengths of OSC (373 in, 45 out); "
+        "seed 1", tuple(findings(cells, crossings, loops)), tuple(tables(cells, crossings, loops)), figures(cells, crossings),
+    )  # fmt: skip
+
+
+def findings(cells: Sequence[Cell], crossings: Sequence[Crossing], loops: dict[tuple[str, float], Loop]) -> list[Finding]:
+    found = []
+    for speed in dict.fromkeys(speed for _, speed in loops):
+        rate = {name: loops[name, speed].rate for name in NAMES}
+        gains = rate["apex"] / rate["neo"], rate["apex"] / rate["gpu_only"]
+        found.append(Finding("T4, closed loop: up to +72 % over NEO (+49 % in an earlier version), +84..96 % over vLLM",
+                             f"CPU at {speed:g} %: {gains[0] - 1:+.0%} over NEO, {gains[1] - 1:+.0%} over the GPU alone",
+                             "simulated", gains[0] >= 1.12 and gains[1] >= 1.5))  # fmt: skip
+    worst = min(c.rates["apex"] / c.best_other for c in cells)
+    found.append(Finding("chooses a mode by predicted times, so it should never be the worse choice",
+                         f"in {len(cells)} cells of the map never less than {worst:.3f} of the best of the others",
+                         "simulated", worst >= 0.98))  # fmt: skip
+    away = max(abs(c.rates["gpu_only"] / c.hand.gpu_only - 1) for c in cells)
+    over = [c for c in cells if set(c.modes) == {"async_overlap"}]
+    apart = max((abs(c.rates["apex"] / c.hand.async_overlap - 1) for c in over), default=0.0)
+    found.append(Finding("steady state by hand: GPU alone G, overlap G + C",
+                         f"G within {away:.1%}; G + C within {apart:.1%} in the {len(over)} cells that overlap throughout",
+                         "simulated", away <= 0.1 and apart <= 0.1))  # fmt: skip
+    off = max(abs(c.simulated / c.equation - 1) for c in crossings)
+    found.append(Finding("eq. 6: the pipeline beats the GPU alone while N_G/N_C < 2 T_gl/T_ga + 3 + T_ga/T_gl",
+                         f"simulated boundary within {off:.1%} at {len(crossings)} points", "simulated", off <= 0.1))  # fmt: skip
+    return found
+
+
+def tables(cells: Sequence[Cell], crossings: Sequence[Crossing], loops: dict[tuple[str, float], Loop]) -> list[Table]:
+    rows = tuple((f"{c.speed} %", f"{c.budget:,}", *(f"{c.rates[name]:.0f}" for name in NAMES),
+                  f"{c.rates['apex'] / c.rates['neo']:.2f}", f"{c.rates['apex'] / c.best_other:.3f}",
+                  max(c.modes, key=lambda m: c.modes[m])) for c in cells)  # fmt: skip
+    cases = tuple((f"{speed:g} %", name, f"{loop.rate:.1f}", f"{loop.rate / loops['gpu_only', speed].rate:.2f}",
+                   *(_quantiles(loop.tpot.get(where, ())) for where in ("GPU", "both", "CPU"))) for (name, speed), loop in loops.items())  # fmt: skip
+    bound = tuple((f"{c.share:.2f}", f"{c.simulated:.2f}", f"{c.equation:.2f}", f"{c.simulated / c.equation - 1:+.1%}") for c in crossings)
+    closed = Table("Closed loop: output tokens/s, and milliseconds per token (P50, P95) by where requests lived",
+                   ("CPU", "placement", "tokens/s", "over GPU alone", "GPU rows", "moved", "CPU rows"), cases, "simulated")  # fmt: skip
+    return [
+        Table("Steady state: output tokens/s by CPU speed and KV tokens on the GPU",
+              ("CPU", "KV", *NAMES, "apex/neo", "apex/best other", "mode"), rows, "simulated; decodes only"),
+        *([closed] if cases else []),
+        Table("Where the pipeline begins to beat the GPU alone", ("T_ga/T_gl", "N_G/N_C simulated", "eq. 6", "apart"), bound, "simulated"),
+    ]  # fmt: skip
+
+
+def _quantiles(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return "-"
+    cuts = statistics.quantiles(values, n=20)
+    return f"{cuts[9] * 1e3:.0f}, {cuts[18] * 1e3:.0f}"
+
+
+def figures(cells: Sequence[Cell], crossings: Sequence[Crossing]) -> dict[str, Any]:
+    from llmlab.ui import overlap
+
+    def gantt() -> Any:
+        fleet = fleet_of(8, KV_T4)
+        return overlap.two_gantts({"NEO": steady(policy("neo"), fleet), "APEX": steady(policy("apex"), fleet)})
+
+    points = [(c.share, c.simulated) for c in crossings]
+    gains = [(c.speed, c.budget, c.rates["apex"] / c.best_other, max(c.modes, key=lambda m: c.modes[m])) for c in cells]
+    return {"iterations": gantt, "map": partial(overlap.gain_map, gains), "boundary": partial(overlap.boundary, points)}
