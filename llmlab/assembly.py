@@ -478,16 +478,16 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, log: EventLo
                            detailed=config.log_level >= 4), speculation  # fmt: skip
     from llmlab.execution.torch_executor import TorchExecutor
 
-    line = device_line(backend.loaded)
+    line = device_line(backend.loaded) if _all_on_device(config, backend) else None
     cache = _kv_cache(config, backend.loaded, num_blocks, num_host_blocks, line)
     speculation = real_speculation(config, setup._replace(kv_layers=cache.layers), config.kernels)
     drafter = Drafter(speculation.source, vocab_size, trees=False) if speculation is not None else None
-    if line is not None and drafter is None:  # drafts are made and judged on the host: their steps are synchronous
+    if line is not None:
         from llmlab.execution.stream_executor import StreamExecutor
 
         length = min(config.max_model_len or backend.model.max_model_len, num_blocks * config.block_size)
         return StreamExecutor(backend.loaded, cache, config.block_size, config.seed, line, config.max_num_seqs, length,
-                              backend.offload), None  # fmt: skip
+                              config.fixed_rows), None  # fmt: skip
     return TorchExecutor(backend.loaded, cache, config.block_size, config.seed, asynchronous=config.overlap_depth > 0,
                          offload=backend.offload, drafter=drafter, fixed_rows=config.fixed_rows), speculation  # fmt: skip
 
@@ -519,6 +519,13 @@ def _check_offload(config: EngineConfig) -> None:
         if getattr(config, field) not in (alone, "gpu_only"):
             raise ConfigError(field, getattr(config, field), f"does not go with weights={config.describe()['weights']!r} yet",
                               f"Leave {field} at {alone!r}, or weights at 'resident'.")  # fmt: skip
+
+
+def _all_on_device(config: EngineConfig, backend: Backend) -> bool:
+    """Whether nothing of a step needs the host: no drafts to judge, no tokens to take back, no experts or attention on
+    the CPU. Steps that do are synchronous."""
+    usual = config.speculation is None and config.decoding == "autoregressive" and config.placement == "device_only"
+    return usual and backend.offload is None
 
 
 def _kv_cache(config: EngineConfig, loaded: LoadedModel, num_blocks: int, num_host_blocks: int, line: DeviceLine | None) -> KVCache:

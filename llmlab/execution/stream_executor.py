@@ -23,12 +23,11 @@ from llmlab import rng
 from llmlab.execution.base import Done, Row, StepBatch, Ticket
 from llmlab.execution.decode_graph import DecodeGraphs, DecodeRow
 from llmlab.execution.device_line import DeviceLine, Mark
-from llmlab.execution.offload import ExpertOffload
 from llmlab.execution.swap import HostTier
 from llmlab.execution.torch_executor import KVCache, TorchExecutor
 from llmlab.kernels.layout import PLAN_FACTS, AttentionMetadata
 from llmlab.models.loader import LoadedModel
-from llmlab.types import Durations, ItemResult, Move, ResourceSpan, StepResult
+from llmlab.types import Durations, ItemResult, LabError, Move, ResourceSpan, StepResult
 
 GREEDY = (0.0, 0.0, 0.0, 1.0, 0.0)
 
@@ -39,6 +38,12 @@ class StreamCache(KVCache):
     def __init__(self, loaded: LoadedModel, num_blocks: int, num_host_blocks: int, block_size: int, line: DeviceLine) -> None:
         super().__init__(loaded, num_blocks, num_host_blocks, block_size)
         self._tier = HostTier(self.layers, num_host_blocks, line)
+
+    @property
+    def host(self) -> list[tuple[Tensor, Tensor]]:
+        """Nobody attends to swapped blocks here. Raises LabError."""
+        way_out = "Start the engine with that placement: it then keeps its host blocks where the CPU can read them."
+        raise LabError("placement", "on the CPU", "swapped KV lies in pieces of all layers, for fast copies", way_out)
 
     def move(self, move: Move) -> None:
         if move.kind == "swap_out":
@@ -103,13 +108,13 @@ class StreamExecutor(TorchExecutor):
     """See the module. `max_seqs`, `max_len`: what graphs are made for."""
 
     def __init__(self, loaded: LoadedModel, cache: KVCache, block_size: int, seed: int, line: DeviceLine, max_seqs: int,
-                 max_len: int, offload: ExpertOffload | None = None) -> None:  # fmt: skip
-        super().__init__(loaded, cache, block_size, seed, asynchronous=False, offload=offload)
+                 max_len: int, fixed_rows: int = 64) -> None:  # fmt: skip
+        super().__init__(loaded, cache, block_size, seed, asynchronous=False, fixed_rows=fixed_rows)
         self.line, self.zero = line, time.perf_counter()
         self._slots: dict[str, int] = {}
         self._free = list(range(4 * max_seqs, 0, -1))  # slot 0 takes what nobody needs
         self._last = torch.zeros(4 * max_seqs + 1, dtype=torch.int64, device=line.device)
-        graphs = offload is None and isinstance(loaded.model.layers, list)
+        graphs = isinstance(loaded.model.layers, list)
         self.graphs = DecodeGraphs(loaded.model, self.cache.layers, self._last, max_seqs, max_len, block_size, line) if graphs else None
         self._queue: deque[InFlight] = deque()
         self._end = self.zero  # when the last settled step ended
@@ -170,9 +175,11 @@ class StreamExecutor(TorchExecutor):
         plain = self._plain[row.request.id] or not (
             sampling.logprobs is not None or sampling.prompt_logprobs is not None or sampling.logit_bias
             or sampling.has_penalties or sampling.min_tokens)  # fmt: skip
-        usual = row.item.layers is None and not row.item.drafts and row.item.emit in ("sample", "none") and row.item.inputs == "ids"
+        item = row.item
+        here = (item.device, item.home, item.layers) == ("device", "device", None)
+        usual = (item.inputs, item.mask, item.numerics) == ("ids", "causal", "fast") and item.emit in ("sample", "none")
         known = unknown <= 0 or (unknown == 1 and row.request.id in self._slots)
-        return plain and usual and known and row.request.id not in self._lost
+        return here and usual and plain and known and not item.drafts and row.request.id not in self._lost
 
     def _launch(self, step: InFlight) -> None:
         step.began = self.line.mark()

@@ -133,6 +133,15 @@ def serve_rest(engine: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("streamed")
+def test_what_needs_the_host_in_its_midst_runs_synchronously(directory: Path) -> None:
+    assert isinstance(tiny_engine(directory).executor, StreamExecutor)
+    engine = tiny_engine(directory, speculation="ngram")
+    assert not isinstance(engine.executor, StreamExecutor)
+    name = engine.add_request([1, 2, 3, 1, 2, 3], greedy(8))
+    assert len(serve(engine)[name].outputs[0].token_ids) == 8
+
+
+@pytest.mark.usefixtures("streamed")
 def test_more_requests_than_slots(directory: Path) -> None:
     engine = tiny_engine(directory, overlap_depth=1, max_num_seqs=2)
     for i in range(20):
