@@ -121,3 +121,21 @@ def test_a_chain_of_causes_ends_where_the_window_begins(cut: Window) -> None:
 def test_the_newest_requests_only(cut: Window) -> None:
     names = list(cut.requests)
     assert list(Window([cut.started], cut.log_events, newest=3).requests) == names[-3:]
+
+
+def test_the_command_answers_an_unknown_app_and_a_wrong_port_with_a_sentence() -> None:
+    from typer.testing import CliRunner
+
+    from llmlab.cli.app import app
+
+    for words, said in ((["app", "engine-rom"], "engine_room"), (["lab", "--port", "70000"], "port")):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 2 and said in result.output and "Traceback" not in result.output
+
+
+def test_where_no_browser_can_be_opened_that_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(url: str) -> bool:
+        raise serving.webbrowser.Error("no browser")
+
+    monkeypatch.setattr(serving.webbrowser, "open", broken)
+    assert serving.open_browser("http://127.0.0.1:1/") is False
