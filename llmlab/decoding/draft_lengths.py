@@ -7,6 +7,7 @@ knows: nothing while the step is bound by memory, and in proportion once it is b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from llmlab.registry import Registry
@@ -63,20 +64,27 @@ class ByAcceptance:
 
 class ByGoodput:
     """The one length for all that promises the most tokens a second: the cost model prices the step that would verify
-    them, and the drafting; no drafts where none pays."""
+    them, and the drafting; no drafts where none promises `margin` times plain decoding: predictions err, and the draft
+    model must read the prompts, too."""
 
     name = "goodput"
+
+    def __init__(self, margin: float = 1.15) -> None:
+        self.margin = margin
 
     def lengths(self, view: EngineView, items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths:
         if pressed(view):
             return DraftLengths((0,) * len(items), "KV memory is short")
         rates = acceptances(view)
         known = [rates.get(item.request, PRIOR) for item in items]
+        shares = Counter([round(rate, 1) for rate in known])
         options = []
         for k in range(outlook.longest + 1):
-            tokens = sum(expected_tokens(rate, k) for rate in known)
+            tokens = sum([count * expected_tokens(rate, k) for rate, count in shares.items()])
             options.append((k, outlook.seconds(items, k) / tokens))
         best, seconds = min(options, key=lambda o: (o[1], o[0]))
+        if options[0][1] < self.margin * seconds:
+            best, seconds = options[0]
         gain = options[0][1] / seconds
         mean = sum(known) / len(known)
         reason = f"{gain:.2f} times the tokens a second of plain decoding, at an acceptance of {mean:.2f}"

@@ -28,12 +28,16 @@ class Speculative:
         room = request.request.max_total_tokens - request.num_tokens
         if request.num_pending or request.num_new_tokens <= 0 or room <= 0:
             return None
+        if not request.drafts:
+            return WorkItem(request.id, Span(request.num_computed_tokens, request.num_tokens))
         span = Span(request.num_computed_tokens, request.num_tokens + len(request.drafts))
         mask = "tree" if request.parents else "causal"
         whole = WorkItem(request.id, span, mask=mask, drafts=request.drafts, parents=request.parents)  # type: ignore[arg-type]
         return within(whole, room - 1)
 
     def accept(self, request: Request, proposed: Sequence[int], item: WorkItem, result: ItemResult) -> Commit:
+        if not item.drafts:
+            return Commit(result.token_ids, None, result.drafts, result.parents)
         kept = item.tokens[1] - len(item.drafts) + len(accepted_path(item, result.token_ids))
         return Commit(result.token_ids, kept, result.drafts, result.parents)
 

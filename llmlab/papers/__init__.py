@@ -56,7 +56,9 @@ class Experiment(Protocol):
 # Slugs that have an experiment, and the module that holds it.
 EXPERIMENTS: Mapping[str, str] = {
     "apex": "llmlab.papers.apex",
+    "llm42": "llmlab.papers.llm42",
     "moe_offload": "llmlab.papers.moe_offload",
+    "speculation": "llmlab.papers.speculation",
 }
 
 

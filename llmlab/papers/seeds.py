@@ -42,7 +42,7 @@ SEEDS = (
     Seed("kv_strategies", "Comparative Characterization of KV Cache Management Strategies for LLM Inference", "I D A", "parts stand"),
     Seed("layered_prefill", "From Tokens to Layers: Redefining Stall-Free Scheduling for LLM Serving with Layered Prefill", "B F I", "not yet"),
     Seed("lite_llm4rec", "Rethinking LLM Architectures for Sequential Recommendations (Lite-LLM4Rec)", "H F E", "not yet"),
-    Seed("llm42", "LLM-42: Enabling Determinism in LLM Inference with Verified Speculation", "E B I", "not yet"),
+    Seed("llm42", "LLM-42: Enabling Determinism in LLM Inference with Verified Speculation", "E B I", "parts stand"),
     Seed("llm_viewer", "LLM Inference Unveiled: Survey and Roofline Model Insights (LLM-Viewer)", "I", "cost model stands"),
     Seed("llumnix", "Llumnix: Dynamic Scheduling for Large Language Model Serving", "G", "not yet"),
     Seed("lmql", "Prompting Is Programming: A Query Language for Large Language Models (LMQL)", "H E", "not yet"),

@@ -106,11 +106,11 @@ class Journal:
 
     # --------------------------------------------------------------------------------- drafting
     def drafting(self, seam: Seam[Any], items: AbstractSequence[WorkItem], answer: DraftLengths) -> None:
-        """A Decision, if lengths were weighed, or are others than the last time."""
+        """A Decision, if the lengths are others than the last time."""
         lengths, considered = answer.lengths, self.considered.take()
         same = len(set(lengths)) == 1
         chosen = f"k={lengths[0]}" if same else " ".join(f"{i.request}:{k}" for i, k in zip(items, lengths))
-        if chosen == self._drafting and not answer.options:
+        if chosen == self._drafting:
             return
         self._drafting = chosen
         if not self.log.wants(ev.Decision):

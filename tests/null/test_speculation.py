@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -335,3 +336,14 @@ def test_config_says_what_it_speculates_with() -> None:
     assert EngineConfig().describe()["speculation"] is None
     with pytest.raises(ConfigError):
         greedy(3) and sim_engine(speculation="ngramm")
+
+
+# ------------------------------------------------------------------------------------------- the page
+def test_the_method_of_the_page_runs_as_it_stands_there() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "decoding.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/decoding.md", "exec"), names)
+    engine = served(speculation=Simulated((0.9, 0.9)), decoding=names["TwoAtATime"]())
+    assert not engine.log.filter(ev.PolicyFailed)
+    assert {len(i.drafts) for e in engine.log.filter(ev.StepPlanned) for i in e.items} == {0, 1, 2}

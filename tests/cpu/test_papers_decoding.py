@@ -1,0 +1,34 @@
+"""The experiments on drafts and on determinism run in their short form and say what kind of number each is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from llmlab.papers import EXPERIMENTS, llm42, speculation
+
+
+def test_the_experiment_on_drafts() -> None:
+    report = speculation.run(True, lambda share, what: None)
+    kinds = {finding.claim: (finding.kind, finding.holds) for finding in report.findings}
+    assert kinds["drafts change no answer"] == ("measured", True)
+    assert kinds["a10: one stream gains"] == ("simulated", True)
+    assert kinds["a10: the length by goodput is never worse than 0.97 of plain"][0] == "simulated"
+    assert [table.note.split(",")[0] for table in report.tables] == ["measured", "simulated"]
+    for draw in report.figures.values():
+        assert draw().to_dict()["title"]
+    assert EXPERIMENTS[report.slug].endswith("speculation")
+
+
+def test_the_roofline_predicts_that_drafts_stop_paying() -> None:
+    outlook = speculation.outlook_on("a10")
+    gains = [speculation.predicted_gain(outlook, batch, 0.8, 4) for batch in (1, 16, 64, 256)]
+    assert gains == sorted(gains, reverse=True) and gains[0] > 1.5 and gains[-1] < 1
+
+
+def test_verified_requests_get_one_answer_in_the_short_experiment(tmp_path: Path) -> None:
+
+    (tmp_path / "config.json").write_text(json.dumps({**llm42.SHAPE, "num_hidden_layers": 1}))
+    assert llm42.flipped(str(tmp_path), 3, 2, 8, deterministic=True) == 0.0
+    rates, rolled = llm42.throughputs(str(tmp_path), 4, 1)
+    assert set(rates) == set(rolled) == {*llm42.SHARES, llm42.ALL_FIXED} and min(rates.values()) > 0
