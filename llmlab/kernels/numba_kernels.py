@@ -41,8 +41,6 @@ class NumbaKernels(BaseKernels):
         return PackedLinear(weight, bias, self.pool)
 
     def experts(self, w_gate_up: Tensor | QuantizedTensor, w_down: Tensor | QuantizedTensor) -> ExpertsImpl:
-        if isinstance(w_gate_up, QuantizedTensor) or isinstance(w_down, QuantizedTensor):
-            return super().experts(w_gate_up, w_down)
         return PackedExperts(w_gate_up, w_down, self.pool)
 
     def norm_linear(
