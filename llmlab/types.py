@@ -56,7 +56,7 @@ class PolicyError(LabError):
 
 def unknown_name(field: str, name: object, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not registered, with the nearest known ones."""
-    names = sorted(known)
+    names = sorted(set(known))
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     return ConfigError(field, name, "unknown name", f"{hint}Known: {', '.join(names)}.")

@@ -274,21 +274,23 @@ def output_tokens(run: Run) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------------------------------- Perfetto
-_ENGINE, _REQUESTS = 1, 2  # process ids: the engine above, the requests below
+_ENGINE, _REQUESTS, _RESOURCES = 1, 2, 3  # process ids; on the screen the resources stand between the other two
 # Thread ids. None equals a process id: Perfetto takes such a thread for the main one and moves it to the top.
-_STEPS, _DECISIONS, _FIRST_REQUEST = 11, 12, 101
+_STEPS, _DECISIONS, _FIRST_RESOURCE, _FIRST_REQUEST = 11, 12, 21, 101
+_RESOURCE_ORDER = ("device", "cpu", "h2d", "d2h", "disk", "net")
 
 
 def perfetto_trace(run: Run) -> dict[str, Any]:
     """The run as a Chrome trace: a plain dict for JSON. Times are integer microseconds of the run's clock.
 
-    Process "engine": a track of steps, a track of decisions, counters kv_used, running, waiting. Process "requests":
-    a track each, the request as one slice with its waiting / prefill / decode nested inside, preemptions as instants.
+    Process "engine": a track of steps, a track of decisions, counters kv_used, running, waiting. Process "resources" (of
+    level 4 logs): a track each with its ops, and an instant where it had to wait. Process "requests": a track each, the
+    request as one slice with its waiting / prefill / decode nested inside, preemptions as instants.
     """
     started = run.started
     about = {"mode": started.mode, "model": str(started.model.get("name", "?")), "seed": started.seed,
              "hardware": str(started.hardware.get("name", "?")), "log_level": started.level, "llmlab": started.code}  # fmt: skip
-    events = [*_names(run), *_steps(run), *_decisions(run), *_requests(run)]
+    events = [*_names(run), *_steps(run), *_decisions(run), *_resources(run), *_requests(run)]
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
 
 
@@ -322,20 +324,22 @@ def _counter(name: str, t: float, value: int) -> dict[str, Any]:
     return {"ph": "C", "pid": _ENGINE, "tid": 0, "name": name, "ts": _us(t), "args": {"value": value}}
 
 
-def _names(run: Run) -> Iterator[dict[str, Any]]:
-    """Names of processes and tracks, and their order on the screen."""
-    def named(pid: int, tid: int, what: str, name: str, order: int) -> Iterator[dict[str, Any]]:
-        yield {"ph": "M", "pid": pid, "tid": tid, "name": f"{what}_name", "args": {"name": name}}
-        yield {"ph": "M", "pid": pid, "tid": tid, "name": f"{what}_sort_index", "args": {"sort_index": order}}
+def _named(pid: int, tid: int, what: str, name: str, order: int) -> Iterator[dict[str, Any]]:
+    """Name of a process or of a track, and its place on the screen."""
+    yield {"ph": "M", "pid": pid, "tid": tid, "name": f"{what}_name", "args": {"name": name}}
+    yield {"ph": "M", "pid": pid, "tid": tid, "name": f"{what}_sort_index", "args": {"sort_index": order}}
 
-    yield from named(_ENGINE, 0, "process", f"engine ({run.mode})", 0)
-    yield from named(_ENGINE, _STEPS, "thread", "steps", 0)
-    yield from named(_ENGINE, _DECISIONS, "thread", "decisions", 1)
-    yield from named(_REQUESTS, 0, "process", "requests", 1)
+
+def _names(run: Run) -> Iterator[dict[str, Any]]:
+    """Names of the engine's and the requests' processes and tracks."""
+    yield from _named(_ENGINE, 0, "process", f"engine ({run.mode})", 0)
+    yield from _named(_ENGINE, _STEPS, "thread", "steps", 0)
+    yield from _named(_ENGINE, _DECISIONS, "thread", "decisions", 1)
+    yield from _named(_REQUESTS, 0, "process", "requests", 2)
     outputs = output_tokens(run)
     for number, (name, request) in enumerate(run.requests.items(), _FIRST_REQUEST):
         label = f"{name} ({request.num_prompt_tokens} -> {outputs[name]})"
-        yield from named(_REQUESTS, number, "thread", label, number)
+        yield from _named(_REQUESTS, number, "thread", label, number)
 
 
 def _steps(run: Run) -> Iterator[dict[str, Any]]:
@@ -374,6 +378,42 @@ def _option(option: ev.Alternative) -> str:
     if option.predicted is not None:
         notes.append(f"predicted {option.predicted.seconds * 1e6:.1f} us")
     return option.option + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _resources(run: Run) -> Iterator[dict[str, Any]]:
+    """What each resource did. What runs at once on one resource (a second copy, a second worker) gets a track of its own."""
+    spans, gaps = run.events(ev.Span), run.events(ev.Idle, ev.JoinWait)
+    names = sorted({event.resource for event in (*spans, *gaps) if not isinstance(event, ev.JoinWait)}, key=_resource_place)
+    if names:
+        yield from _named(_RESOURCES, 0, "process", f"resources ({run.mode})", 1)
+    track, first = _FIRST_RESOURCE, dict.fromkeys(names, 0)
+    for name in names:
+        first[name] = track
+        for number, lane in enumerate(_lanes(span for span in spans if span.resource == name)):
+            yield from _named(_RESOURCES, track, "thread", f"{name} ({number + 1})" if number else name, track)
+            for span in lane:
+                about = {"request": span.request} if span.request else {}
+                yield _slice(_RESOURCES, track, span.op, span.start, span.end, us=round((span.end - span.start) * 1e6, 3), **about)
+            track += 1
+    for gap in gaps:
+        name, why = ("device", f"waits for {gap.op} (cpu)") if isinstance(gap, ev.JoinWait) else (gap.resource, gap.why)
+        yield _instant(_RESOURCES, first.get(name, _FIRST_RESOURCE), why, gap.start, us=round((gap.end - gap.start) * 1e6, 3))
+
+
+def _resource_place(name: str) -> tuple[int, str]:
+    return (_RESOURCE_ORDER.index(name) if name in _RESOURCE_ORDER else len(_RESOURCE_ORDER), name)
+
+
+def _lanes(spans: Iterable[ev.Span]) -> list[list[ev.Span]]:
+    """As few rows as hold all spans side by side, each in the order of time."""
+    lanes: list[list[ev.Span]] = []
+    for span in sorted(spans, key=lambda span: (span.start, span.end)):
+        free = next((lane for lane in lanes if lane[-1].end <= span.start), None)
+        if free is None:
+            lanes.append([span])
+        else:
+            free.append(span)
+    return lanes
 
 
 def _requests(run: Run) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from itertools import pairwise
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -174,7 +175,7 @@ def test_trace_has_integer_times_and_nested_slices(run):
     for event in trace["traceEvents"]:
         assert isinstance(event.get("ts", 0), int) and isinstance(event.get("dur", 0), int)
         assert event.get("dur", 0) >= 0 and event["ph"] in "XCiM"
-        assert event["tid"] not in (1, 2)  # a thread with its process's id would be moved to the top
+        assert event["tid"] not in (1, 2, 3)  # a thread with its process's id would be moved to the top
     for events in by_track(trace).values():
         open_ends: list[int] = []
         for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
@@ -201,6 +202,47 @@ def test_trace_tells_every_request_step_preemption_and_decision():
     used = [e["args"]["value"] for e in trace["traceEvents"] if e["name"] == "kv_used"]
     assert max(used) == 20 and min(used) >= 0
     assert trace["otherData"]["mode"] == "simulated"
+
+
+def resource_tracks(run):
+    """Slices of each resource's track, in order of the screen, and the instants of all of them."""
+    events = [e for e in perfetto_trace(run)["traceEvents"] if e["pid"] == 3]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    tracks = {names[tid]: [e for e in events if e["ph"] == "X" and e["tid"] == tid] for tid in sorted(names)}
+    return tracks, [e for e in events if e["ph"] == "i"]
+
+
+@pytest.mark.parametrize(("config", "resources"), [
+    ({}, ["device"]), ({"tiering": "swap"}, ["device", "h2d", "d2h"]),
+    ({"placement": "fastdecode", "host": "xeon-6130-2s"}, ["device", "cpu", "h2d", "d2h"]),
+])  # fmt: skip
+def test_a_level_four_trace_has_a_track_for_each_resource(config, resources):
+    run = simulate(log_level=4, **config)
+    tracks, instants = resource_tracks(run)
+    assert [name for name in tracks if "(" not in name] == resources
+    spans = run.events("Span")
+    drawn = Counter((name.split(" (")[0], e["name"], e["ts"], e["dur"]) for name, own in tracks.items() for e in own)
+    assert drawn == Counter((s.resource, s.op, us(s.start), us(s.end) - us(s.start)) for s in spans)
+    assert len(instants) == len(run.events("Idle")) + len(run.events("JoinWait")) > 0
+    for own in tracks.values():
+        assert all(a["ts"] + a["dur"] <= b["ts"] for a, b in pairwise(own))
+
+
+def us(seconds):
+    return round(seconds * 1e6)
+
+
+def test_what_runs_at_once_on_one_resource_stands_on_two_tracks():
+    run = simulate(n=3, log_level=4)
+    device = run.events("Span")[0]
+    twice = llmlab.Run([*run.log_events, msgspec.structs.replace(device, seq=run.log_events[-1].seq + 1)])
+    tracks, _ = resource_tracks(twice)
+    assert list(tracks) == ["device", "device (2)"] and [e["name"] for e in tracks["device (2)"]] == [device.op]
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_a_log_without_spans_has_no_resource_tracks(level):
+    assert resource_tracks(simulate(n=3, log_level=level)) == ({}, [])
 
 
 @pytest.mark.parametrize("level", range(5))
