@@ -10,7 +10,7 @@ from llmlab.decoding.drafts import DRAFT_SOURCES, DraftSetup, Oracle
 from llmlab.execution.cost import DraftCost, RooflineCost, draft_outlook
 from llmlab.registry import policy_name
 from llmlab.seams import CostModel, DraftOutlook, DraftSource
-from llmlab.types import ConfigError, unknown_name
+from llmlab.types import ConfigError, ModelError, unknown_name
 from roofline import shapes
 from roofline.errors import RooflineError
 from roofline.shapes import Shape
@@ -49,7 +49,11 @@ def real_speculation(config: EngineConfig, setup: DraftSetup, kernels: str) -> S
         from llmlab.assembly import roofline_shape
         from llmlab.decoding.draft_model import load_draft
 
-        model = load_draft(choice, setup, kernels)
+        try:
+            model = load_draft(choice, setup, kernels)
+        except ModelError as error:
+            sources = f"Sources without a model: {', '.join(DRAFT_SOURCES.names())}."
+            raise ConfigError("speculation", choice, error.problem, f"{error.way_out} {sources}") from None
         return Speculation(model, model.name, roofline_shape(model.loaded))
     return Speculation(_source(choice, setup), source_name(choice))
 

@@ -173,6 +173,11 @@ def test_models_with_other_vocabularies_are_refused_and_the_ids_named(oracle: Or
         tiny_engine(oracle.directory, speculation=str(other))
 
 
+def test_an_unknown_source_is_answered_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigError, match=r"speculation='lab-z': .*Sources without a model: layer_skip, ngram, suffix"):
+        llmlab.Engine(model="lab-s", speculation="lab-z")
+
+
 def _swapped(text: str) -> str:
     import json
 
