@@ -54,13 +54,15 @@ def check(
 def _seam_of(policy: str) -> str | None:
     """The seam that has a plug-in of this name; None for a `module:Class`, whose methods tell. Raises ConfigError."""
     from llmlab.assembly import REGISTRIES
+    from llmlab.checking import SEAMS
     from llmlab.types import ConfigError, unknown_name
 
     if ":" in policy:
         return None
-    seams = [seam for seam, registry in REGISTRIES.items() if policy in registry.names()]
+    seams = [seam for seam, registry in REGISTRIES.items() if seam in SEAMS and policy in registry.names()]
     if not seams:
-        raise unknown_name("policy", policy, [name for registry in REGISTRIES.values() for name in registry.names()])
+        known = [name for seam, registry in REGISTRIES.items() if seam in SEAMS for name in registry.names()]
+        raise unknown_name("policy", policy, known)
     if len(seams) > 1:
         raise ConfigError("policy", policy, f"is a name at {' and '.join(seams)}", "Choose one with --seam.")
     return seams[0]

@@ -334,7 +334,7 @@ class LayerWindow(Sequence[Layer]):
     """A model's layers, of which only `size` are in memory: the one in use and those that come next.
 
     `load(index)` makes a layer from disk or host memory; a thread calls it ahead of time. Layers are asked for in turn, and
-    after the last comes the first. Source: tpi_llm (sliding window of weights), on one machine.
+    after the last comes the first.
     """
 
     def __init__(self, num_layers: int, size: int, load: Callable[[int], Layer]) -> None:
