@@ -8,7 +8,7 @@
 Every resource does its work in the order in which it is given it, so a step needs no search: each op starts when its
 resource is free and what it needs is there. What an attention that was left running takes up is known by request in
 `Pending.joins`. Blocks that move between the tiers come before the step; prompts of host rows send each layer's KV out
-behind its attention, and bring in what the host has of it two layers ahead, as the real executor's staging buffers do.
+behind its attention; what the host has of them comes in, layer by layer, at the beginning of the step.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class _Lane:
                 self.sent[layer].append(item)
                 self.passing[layer] += item.num_tokens
                 self.kept[layer] += item.num_tokens * (not (item.halfway and layer == stop - 1))
-        self.back = self.loaded = self.saved = 0.0
+        self.back = self.saved = 0.0
+        self.loaded: list[float] = []  # by layer: when what the host has of a prompt is in
         self._attended: tuple[Sequence[WorkItem], float] = (), 0.0
 
     def host_attention(self, layer: int, costs: LayerCost) -> float:
@@ -79,6 +80,8 @@ class Overlap:
         for item in items:
             lanes.setdefault(item.lane, []).append(item)
         built = {name: _Lane(found, costs) for name, found in lanes.items()}
+        for lane in built.values():
+            self._load(lane)
         pause = costs.pause(items)
         if pause:
             self._on("device", self._start, pause, "pause")
@@ -141,19 +144,19 @@ class Overlap:
         lane.back = back if staying else 0.0
 
     def _attend(self, lane: _Lane, layer: int) -> None:
-        if lane.staged:
-            self._load(lane, layer)
         if lane.attention:
-            end = self._on("device", lane.loaded, lane.attention, f"attention {layer}")
+            loaded = lane.loaded[layer] if lane.loaded else 0.0
+            end = self._on("device", loaded, lane.attention, f"attention {layer}")
             if lane.staged:
                 moved = self._kv_bytes * sum(item.num_tokens for item in lane.staged)
                 lane.saved = self._on("d2h", end, self._costs.transfer_seconds(moved, "d2h"), f"KV out {layer}")
 
-    def _load(self, lane: _Lane, layer: int) -> None:
-        """What the host has of a prompt's KV comes in, layer by layer from the beginning of the step."""
+    def _load(self, lane: _Lane) -> None:
+        """What the host has of a prompt's KV comes in, layer by layer, at the beginning of the step."""
         known = self._kv_bytes * sum(item.tokens[0] for item in lane.staged)
         if known:
-            lane.loaded = self._on("h2d", self._start, self._costs.transfer_seconds(known, "h2d"), f"KV in {layer}")
+            seconds = self._costs.transfer_seconds(known, "h2d")
+            lane.loaded = [self._on("h2d", self._start, seconds, f"KV in {layer}") for layer in range(self._costs.num_layers)]
 
     def _join(self, lane: _Lane, layer: int) -> None:
         joins = self._pending.joins
