@@ -19,7 +19,7 @@ SEEDS = (
     Seed("adaptive_compute", "Adaptive Inference-Time Compute: LLMs Can Predict if They Can Do Better, Even Mid-Generation", "H E D K", "not yet"),
     Seed("adrs", "Barbarians at the Gate: How AI is Upending Systems Research", "I", "not yet"),
     Seed("alisa", "ALISA: Accelerating LLM Inference via Sparsity-Aware KV Caching", "D F", "not yet"),
-    Seed("apex", "Asynchronous Parallel CPU-GPU Execution for (Online) LLM Inference on Constrained GPUs (APEX)", "C B", "not yet"),
+    Seed("apex", "Asynchronous Parallel CPU-GPU Execution for (Online) LLM Inference on Constrained GPUs (APEX)", "C B", "parts stand"),
     Seed("archon", "Archon: An Architecture Search Framework for Inference-Time Techniques", "H I", "not yet"),
     Seed("arcmemo", "ArcMemo: Abstract Reasoning Composition with Lifelong LLM Memory", "H D", "not yet"),
     Seed("aries", "ARIES: Autonomous Reasoning with LLMs on Interactive Thought Graph Environments", "H", "not yet"),
