@@ -86,8 +86,8 @@ class Overlap:
         if pause:
             self._on("device", self._start, pause, "pause")
         acts = {"pre": self._pre, "begin": self._begin, "attend": self._attend, "join": self._join, "post": self._post}
-        for act, lane, layer in stages(tuple(sorted(built)), costs.num_layers):
-            acts[act](built[lane], layer)
+        for act, name, layer in stages(tuple(sorted(built)), costs.num_layers):
+            acts[act](built[name], layer)
         end = max([self._start, self._timelines.free.get("device", 0.0), *(lane.saved for lane in built.values())])
         for item in items:
             if not item.halfway:
