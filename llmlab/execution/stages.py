@@ -9,7 +9,7 @@
 `pre`: norm, q, k, v and rotation of the lane's rows. `begin`: the rows on the CPU leave, their attention begins.
 `attend`: attention of the rows on the device. `join`: rows come back from the CPU, those that have just left and those
 that an earlier step left half-way: as late as possible, just before `post`, the rest of the layer.
-Source of the interleaving: NEO (see papers: apex), whose half-steps these are.
+Source of the interleaving: NEO, whose half-steps these are.
 """
 
 from __future__ import annotations

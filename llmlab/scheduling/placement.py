@@ -31,7 +31,7 @@ class GpuOnly(DeviceOnly):
 class HostAttention:
     """All KV on the host: prompts are computed on the device, every decode attends on the CPU.
 
-    Source: FastDecode (see papers: apex), whose attention workers are one host here.
+    Source: FastDecode, whose attention workers are one host here.
     """
 
     name = "fastdecode"

@@ -4,7 +4,7 @@
     asymmetric pipeline   the batch in two lanes: while one's rows attend on the CPU, the other has the device
     async overlap       | linears of G rows and the CPU rows that join here | attention of G |     CPU rows pass one layer a step
 
-`Pipelined` knows the first two (Source: NEO's scheduler, paper card apex), `Overlapped` all three (Source: APEX, arXiv
+`Pipelined` knows the first two (source: the scheduler of NEO), `Overlapped` all three (source: arXiv
 2506.03296). Both keep KV on the device while it fits; under pressure the last decodes go to the host, and come back while
 the pool is less than 95 % full.
 """
@@ -263,7 +263,7 @@ class Weigher:
     def inequality(self, lanes: Lanes) -> tuple[float, float]:
         """N_G / N_C, and what it must stay below for the pipeline to beat the device alone.
 
-        Decode only: 2 T_gl/T_ga + 3 + T_ga/T_gl (APEX, eq. 6). With prompts in the step: T_G (T_G + dT) / (T_ga dT), T_G the
+        Decode only: 2 T_gl/T_ga + 3 + T_ga/T_gl (arXiv 2506.03296, eq. 6). With prompts in the step: T_G (T_G + dT) / (T_ga dT), T_G the
         layer's time on the device alone and dT what the split costs in linears; it reduces to eq. 6 for dT = T_gl."""
         times = self.times
         kv = sum(item.tokens[1] for item in self.work.decodes)
@@ -281,7 +281,7 @@ class Weigher:
 class Pipelined(Tiered):
     """Two sub-batches, so that the device works on one while the other attends on the CPU; or the device alone.
 
-    Source: NEO's scheduler (paper card apex, steps 1-7).
+    Source: the scheduler of NEO, as its code has it.
     """
 
     name = "neo"
@@ -328,7 +328,7 @@ class Overlapped(Pipelined):
     """CPU rows share the linears of the one batch, but pass a layer a step, so that the device never waits for them; where
     the pipeline promises more, that; else the device alone.
 
-    Source: APEX (arXiv 2506.03296), asynchronous overlap and its choice of mode per iteration.
+    Source: arXiv 2506.03296, asynchronous overlap and its choice of mode per iteration.
     """
 
     name = "apex"
