@@ -22,7 +22,7 @@ from llmlab.events import catalog as ev
 from llmlab.speculating import Simulated
 from llmlab.types import RequestError, SamplingParams
 
-SEAMS = ("ordering", "admission", "composer", "victim", "eviction", "tiering")
+SEAMS = ("ordering", "admission", "composer", "victim", "placement", "eviction", "tiering")
 MAX_REQUESTS = 12
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from llmlab.papers import Report, experiment, silent
 from llmlab.papers.apex import Alone, Fleet, Forced, by_hand, cell, closed_loop, crossing, fleet_of, policy, steady
+from llmlab.replaying import replay_decisions
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +60,10 @@ def test_whole_requests_through_the_whole_engine() -> None:
     alone, overlap = (closed_loop(name, 10.0, **small) for name in ("gpu_only", "apex"))  # type: ignore[arg-type]
     assert overlap.run.metrics.num_finished == alone.run.metrics.num_finished == 24
     assert overlap.rate > 1.2 * alone.rate and overlap.tpot
+
+
+@pytest.mark.parametrize("placement", ["neo", "apex"])
+def test_runs_that_overlap_replay_and_fork_into_themselves(placement: str) -> None:
+    run = closed_loop(placement, 8.0, num_requests=12, clients=8, output=(5, 9), log_level=2).run
+    assert replay_decisions(run).differences == [] and run.verify() == []
+    assert run.fork(at=run.steps[len(run.steps) // 2].step).log_events[1:] == run.log_events[1:]
