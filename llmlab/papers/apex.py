@@ -304,7 +304,7 @@ def findings(cells: Sequence[Cell], crossings: Sequence[Crossing], loops: dict[t
                              "simulated", gains[0] >= 1.12 and gains[1] >= 1.5))  # fmt: skip
     worst = min(c.rates["apex"] / c.best_other for c in cells)
     found.append(Finding("chooses a mode by predicted times, so it should never be the worse choice",
-                         f"in {len(cells)} cells of the map never less than {worst:.3f} of the best of the others",
+                         f"in {len(cells)} cells of the map at least {worst:.3f} times the best of the others",
                          "simulated", worst >= 0.98))  # fmt: skip
     away = max(abs(c.rates["gpu_only"] / c.hand.gpu_only - 1) for c in cells)
     over = [c for c in cells if set(c.modes) == {"async_overlap"}]
