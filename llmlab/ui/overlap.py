@@ -64,7 +64,7 @@ def gain_map(cells: Sequence[tuple[float, int, float, str]]) -> Any:
     best, least = max(cells, key=lambda x: x[2]), min(cells, key=lambda x: x[2])
     finding = (f"Overlap gains most ({best[2]:.2f}x the best of the others) at {best[1]:,} KV tokens and a CPU of {best[0]:g} %, "
                f"least ({least[2]:.2f}x) at {least[1]:,} and {least[0]:g} %")  # fmt: skip
-    heat = base.mark_rect().encode(color=alt.Color("gain:Q", legend=None, scale=alt.Scale(range=[c.paper, c.decode])))
+    heat = base.mark_rect(color=c.transfer, stroke=c.paper).encode(opacity=alt.Opacity("gain:Q", legend=None, scale=alt.Scale(range=[0.08, 0.6])))
     text = base.mark_text(fontSize=13, color=c.ink).encode(text="text:N")
     return (heat + text).properties(width=WIDTH - 120, height=44 * len(budgets),
                                     title=title(finding, "Output tokens/s of apex over the best of gpu_only, fastdecode and neo. Steady state, decodes only. Simulated: Llama-2-7B on a T4"))  # fmt: skip
