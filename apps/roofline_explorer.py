@@ -73,11 +73,10 @@ def _(both, lenses):
 @app.cell(hide_code=True)
 def _(both):
     _theme = pages.page_theme()
-    _memory = roof.memory_chart(both)
     mo.ui.tabs({
         "Joules of a token (A)": pictures.modelled(_theme, lambda: charts.energy_waterfall(both[0].step, both[0].case.tokens)),
         "Where the time goes": pictures.modelled(_theme, lambda: charts.time_stack({p.setup.label: p.step for p in both})),
-        "What fits": pictures.modelled(_theme, lambda: roof.memory_chart(both)) if _memory else mo.md(str(both[0].fits)),
+        "What fits": pictures.modelled(_theme, lambda: roof.memory_chart(both)),
     })  # fmt: skip
     return
 

@@ -50,6 +50,7 @@ from llmlab.scheduling.seamcalls import Seam, checked_key, unchecked
 from llmlab.scheduling.weights import WEIGHT_PLACEMENTS
 from llmlab.seams import BlockView, CostModel, Eviction, Limits
 from llmlab.speculating import (
+    Simulated,
     Speculation,
     draft_cost_of,
     outlook_of,
@@ -173,7 +174,8 @@ def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: E
                   **executor.describe()},
         model={"name": model.name, "vocab_size": model.vocab_size, "eos_token_ids": list(model.eos_token_ids),
                "kv_bytes_per_token": backend.bytes_per_token, "precision": backend.precision,
-               "shape": asdict(model.shape), **({"draft": asdict(drafts)} if drafts is not None else {})},
+               "shape": asdict(model.shape), **({"draft": asdict(drafts)} if drafts is not None else {}),
+               **({"acceptance": list(config.speculation.acceptance)} if isinstance(config.speculation, Simulated) else {})},
     )  # fmt: skip
 
 

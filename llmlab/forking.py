@@ -18,7 +18,7 @@ import msgspec
 
 from llmlab.assembly import Assembly, ModelFacts, eviction_chooser, policies_of
 from llmlab.config import SEAM_FIELDS, EngineConfig
-from llmlab.decoding.drafts import Oracle
+from llmlab.decoding.drafts import NGram, Oracle
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.events.metrics import MetricsFold, acceptance_by_position
@@ -29,6 +29,7 @@ from llmlab.execution.drafting import Drafter
 from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor, SimTicket
 from llmlab.replaying import recorded_config, recorded_cost, recorded_draft, recorded_scheduler
 from llmlab.scheduling.scheduler import Scheduler
+from llmlab.seams import DraftSource
 from llmlab.speculating import draft_cost_of
 from llmlab.types import ConfigError, Request, StepPlan, StepResult, TraceError, unknown_name
 from roofline.shapes import Shape
@@ -218,12 +219,13 @@ def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayC
 
 
 def _drafting(run: Run, config: EngineConfig, tokens: RecordedTokens, cost: RooflineCost) -> SimDrafting | None:
-    """Drafts that hold as often as those of the recorded run did, position by position."""
+    """The drafts that n-grams find in the recorded tokens; of other sources ones that hold as often as those of the
+    recorded run did, position by position (in a simulation: as often as it was told that they do)."""
     if config.speculation is None:
         return None
     shape = Shape(**run.started.model["shape"])
-    held = acceptance_by_position(run.log_events) or [0.0]
-    source = Oracle(tokens.token, held, shape.vocab_size, config.seed)
+    held = run.started.model.get("acceptance") or acceptance_by_position(run.log_events) or [0.0]
+    source: DraftSource = NGram() if config.speculation == NGram.name else Oracle(tokens.token, held, shape.vocab_size, config.seed)
     return SimDrafting(Drafter(source, shape.vocab_size), draft_cost_of(cost, recorded_draft(run), config))
 
 

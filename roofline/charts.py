@@ -64,7 +64,8 @@ def theme_config(dark: bool = False) -> dict[str, Any]:
         "text": {"color": ink, "fontSize": 12, "font": FONT},
         "axisBand": {"labelColor": ink, "labelFontSize": 13, "labelLimit": 320, "grid": False},
         "style": {"halo": {"stroke": paper, "strokeWidth": 3}, "rim": {"stroke": paper, "strokeWidth": 1},
-                  "wall": {"color": ink, "fill": ink}, "quiet": {"fill": mute}},
+                  "wall": {"color": ink, "fill": ink}, "quiet": {"color": mute, "fill": mute}, "bold": {"color": ink}, "roof": {"color": ink, "strokeWidth": 2.5},
+                  "otherRoof": {"color": mute, "strokeWidth": 2, "opacity": 0.6}},
     }  # fmt: skip
 
 
@@ -127,6 +128,7 @@ def roofline(steps: Mapping[str, StepCost], others: Sequence[Hardware] = ()) -> 
     first = next(iter(steps.values()))
     device, dtype = first.model.hardware, first.model.precision.linear_format
     dots = [row for label, step in steps.items() for row in _dots(label, step) if row["share"] >= SMALLEST]
+    dots.sort(key=lambda row: -float(row["share"]))  # small marks over large ones
     x = [row["intensity"] for row in dots]
     low, high = min(0.5, *x) / 1.5, max(4 * device.ridge(dtype), *x) * 1.5
     floor = min(row["tflops"] for row in dots) / 2.5
@@ -136,14 +138,8 @@ def roofline(steps: Mapping[str, StepCost], others: Sequence[Hardware] = ()) -> 
                scale=alt.Scale(type="log", domain=[low, high], nice=False))  # fmt: skip
     ys = alt.Y("tflops:Q", title="attained TFLOP/s", axis=alt.Axis(**_log_axis([floor, top])),
                scale=alt.Scale(type="log", domain=[floor, top], nice=False))  # fmt: skip
-    colour = alt.Scale(domain=[d.name for d in (device, *others)], range=list(CEILINGS[: 1 + len(others)]))
-    roof = alt.Chart(alt.Data(values=lines)).mark_line(strokeWidth=2.5).encode(
-        xs, ys, alt.Color("device:N", scale=colour, legend=None),
-        opacity=alt.condition(f"datum.device == '{device.name}'", alt.value(1), alt.value(0.35)))  # fmt: skip
-    names = alt.Chart(alt.Data(values=ends)).mark_text(align="left", dx=8, fontWeight="bold").encode(
-        xs, ys, text="text:N", color=alt.Color("device:N", scale=colour, legend=None))  # fmt: skip
     return (
-        alt.layer(*_ridge(device, dtype, floor, xs, ys), roof, names, *_dot_marks(dots, top / floor, xs, ys))
+        alt.layer(*_ridge(device, dtype, floor, xs, ys), *_roofs(lines, ends, device.name, xs, ys), *_dot_marks(dots, top / floor, xs, ys))
         .properties(width=760, height=HEIGHT, title=_roofline_title(steps, device))
         .resolve_scale(color="independent", shape="independent")
     )
@@ -184,12 +180,26 @@ def _ceilings(
     return lines, ends
 
 
+def _roofs(
+    lines: list[dict[str, Any]], ends: list[dict[str, Any]], device: str, xs: Any, ys: Any
+) -> list[Any]:
+    """Return the ceilings with their names: the device's own in ink, those it is compared with in grey, so that colours
+    stay with the phases of the marks."""
+    alt = _altair()
+    found = []
+    for own, line, text in (("!=", "otherRoof", "quiet"), ("==", "roof", "bold")):
+        roof, names = (alt.Chart(alt.Data(values=rows)).transform_filter(f"datum.device {own} '{device}'") for rows in (lines, ends))
+        found.append(roof.mark_line(style=line).encode(xs, ys, detail="device:N"))
+        found.append(names.mark_text(align="left", dx=8, fontWeight="bold", style=text).encode(xs, ys, text="text:N"))
+    return found
+
+
 def _ridge(device: Hardware, dtype: str, floor: float, xs: Any, ys: Any) -> list[Any]:
     alt = _altair()
     ridge = device.ridge(dtype)
     at = alt.Chart(alt.Data(values=[{"intensity": ridge, "tflops": floor, "text": f"ridge: {ridge:.0f} per byte"}]))
-    rule = at.mark_rule(strokeDash=[4, 4], color=BLUE, opacity=0.7).encode(xs)
-    return [rule, at.mark_text(align="left", dx=6, dy=-8, color=BLUE).encode(xs, ys, text="text:N")]
+    rule = at.mark_rule(strokeDash=[4, 4], color=MUTE, opacity=0.8).encode(xs)
+    return [rule, at.mark_text(align="left", dx=6, dy=-8, style="quiet").encode(xs, ys, text="text:N")]
 
 
 def _dot_marks(dots: list[dict[str, Any]], span: float, xs: Any, ys: Any) -> list[Any]:
@@ -292,7 +302,7 @@ def time_stack(steps: Mapping[str, StepCost], normalize: bool = True) -> Any:
             for label, step in steps.items()]  # fmt: skip
     y = alt.Y("step:N", sort=list(steps), title=None)
     most = max(row["stop"] for row in ends)
-    axis = alt.Axis(format="%" if normalize else "~g", tickCount=6)
+    axis = alt.Axis(format="%" if normalize else ",~f", tickCount=6)
     unit = "share of the step's time" if normalize else "milliseconds"
     x = alt.X("start:Q", title=unit, axis=axis, scale=alt.Scale(domain=[0, most * 1.001], nice=False))
     bars = alt.Chart(alt.Data(values=[r for r in rows if r["group"] in used])).mark_bar(height={"band": 0.62}).encode(
@@ -342,7 +352,7 @@ def memory_bar(plans: Sequence[MemoryPlan], tokens: int) -> Any:
     rows, walls, notes = _memory_rows(plans, tokens, labels)
     y = alt.Y("plan:N", sort=list(labels.values()), title=None)
     most = max(note["at"] for note in notes)
-    x = alt.X("start:Q", title="GiB on each device", scale=alt.Scale(domain=[0, most * 1.02], nice=False))
+    x = alt.X("start:Q", title="GiB on each device", axis=alt.Axis(tickCount=8), scale=alt.Scale(domain=[0, most * 1.02], nice=False))
     colour = alt.Scale(domain=list(MEMORY_PARTS), range=["#2F5F8F", "#7F9DB9", GREEN, VERMILLION])
     bars = alt.Chart(alt.Data(values=rows)).mark_bar(height={"band": 0.55}).encode(
         x, alt.X2("stop:Q"), y, alt.Color("part:N", scale=colour, sort=list(MEMORY_PARTS)))  # fmt: skip

@@ -13,7 +13,7 @@ from roofline.cost import StepCost
 from roofline.energy import split
 from roofline.errors import RooflineError
 from roofline.lenses import Case, Comparison, compare, standard
-from roofline.memory import DoesNotFit, MemoryPlan, plan
+from roofline.memory import DoesNotFit, MemoryPlan, room_for
 from roofline.rows import Rows
 
 MACHINES = ("t4", "a10", "a100", "h100", "h200")
@@ -44,13 +44,14 @@ class SetUp(msgspec.Struct, frozen=True):
 
 
 class Priced(msgspec.Struct, frozen=True):
-    """One set-up with all that is shown of it. `fits`: the plan, or a sentence on what is missing."""
+    """One set-up with all that is shown of it. `fits`: what the memory holds; `problem`: what is missing, if anything."""
 
     name: str
     setup: SetUp
     case: Any
     step: Any
-    fits: Any
+    fits: MemoryPlan
+    problem: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,12 +66,11 @@ def priced(name: str, setup: SetUp) -> Priced:
     """Price a set-up. Raises RooflineError."""
     case = setup.case
     step = case.model().step(case.rows)
-    fits: MemoryPlan | str
     try:
-        fits = plan(case.shape, case.hardware, case.precision)
+        fits, problem = room_for(case.shape, case.hardware, case.precision, sequences=setup.batch, context=setup.context), ""
     except DoesNotFit as error:
-        fits = str(error)
-    return Priced(name, setup, case, step, fits)
+        fits, problem = error.plan, str(error)
+    return Priced(name, setup, case, step, fits, problem)
 
 
 def roofline_chart(a: Priced, b: Priced) -> Any:
@@ -111,8 +111,8 @@ def table(both: Sequence[Priced]) -> str:
 
 
 def _fits(p: Priced) -> str:
-    if isinstance(p.fits, str):
-        return p.fits.replace("|", "/")
+    if p.problem:
+        return p.problem.replace("|", "/")
     return f"{p.fits.tokens:,} tokens of KV: {p.fits.sequences(p.setup.context):,} requests of {p.setup.context:,}"
 
 
@@ -134,8 +134,8 @@ def lens_names(p: Priced) -> list[str]:
 
 
 def memory_chart(both: Sequence[Priced]) -> Any:
-    """What fits into the memory of A and of B; None if neither model fits."""
-    plans = [p.fits for p in both if not isinstance(p.fits, str)]
+    """What the memory of A and of B has to hold, against its wall."""
+    plans = [p.fits for p in both]
     if len(plans) == 2 and both[0].setup == both[1].setup:
         plans = plans[:1]
-    return charts.memory_bar(plans, both[0].setup.batch * both[0].setup.context) if plans else None
+    return charts.memory_bar(plans, both[0].setup.batch * both[0].setup.context)

@@ -34,7 +34,8 @@ class Priced(NamedTuple):
 
     case: Case
     step: StepCost
-    plan: MemoryPlan | str  # what fits, or the sentence that says why nothing does
+    plan: MemoryPlan
+    problem: str | None  # the sentence that says what is missing for this load, and what would make it fit
     binding: BindingReport
     energy: EnergySplit
     context: int
@@ -97,26 +98,29 @@ def price(model: str, hardware: str, batch: int, context: int, prefill: int | No
     from llmlab.cli.lenses import lens_of
     from roofline import energy
     from roofline.lenses import Case, Comparison, compare, compose
-    from roofline.memory import DoesNotFit
-    from roofline.memory import plan as memory_plan
 
     _check(batch, context, prefill, tp)
     rows = _rows(batch, context, prefill)
     case = Case.of(model, hardware, rows, dtype, tp=tp, tokens=rows.tokens)  # of a prompt, too, every token counts
     cost = case.model()
     step = cost.step(case.rows)
-    plan: MemoryPlan | str
-    try:
-        plan = memory_plan(case.shape, case.hardware, case.precision, tp=tp)
-    except DoesNotFit as error:
-        plan = str(error)
+    seen = context if prefill is None else prefill
+    plan, problem = _room(case, batch, seen)
     found = [lens_of(text, case) for text in lenses]
     together = compose(case, found)
     both = Comparison("all together", case.outcome(), together.outcome()) if len(found) > 1 else None
-    fitting = None if isinstance(plan, str) else float(plan.tokens)
-    limits = energy.binding(cost, case.rows, tokens=case.tokens, kv_tokens=fitting)
-    seen = context if prefill is None else prefill
-    return Priced(case, step, plan, limits, energy.split(step), seen, tuple(compare(one, case) for one in found), both)
+    limits = energy.binding(cost, case.rows, tokens=case.tokens, kv_tokens=float(plan.tokens) if plan.tokens else None)
+    return Priced(case, step, plan, problem, limits, energy.split(step), seen, tuple(compare(one, case) for one in found), both)
+
+
+def _room(case: Case, batch: int, context: int) -> tuple[MemoryPlan, str | None]:
+    """What the memory of one device holds, and why the load does not fit, if it does not."""
+    from roofline.memory import DoesNotFit, room_for
+
+    try:
+        return room_for(case.shape, case.hardware, case.precision, sequences=batch, context=context, tp=case.tp), None
+    except DoesNotFit as error:
+        return error.plan, str(error)
 
 
 def _check(batch: int, context: int, prefill: int | None, tp: int) -> None:
@@ -218,15 +222,15 @@ def _scarcest(limits: BindingReport) -> tuple[str, str]:
 def memory_facts(p: Priced) -> list[Fact]:
     """What one device holds."""
     from llmlab.cli.tables import Fact
+    from llmlab.events.why import count
 
-    plan = p.plan
-    if isinstance(plan, str):
-        return [Fact("memory", "does not fit", plan)]
-    gib = 2.0**30
+    plan, gib = p.plan, 2.0**30
+    missing = [Fact("fits", "no", p.problem)] if p.problem else []
     return [
         Fact("memory", f"{plan.capacity / gib:.1f} GiB", f"{plan.usable / gib:.1f} GiB of it for the engine, on each device"),
         Fact("weights", f"{plan.weights / gib:.2f} GiB", f"activations {plan.activations / gib:.2f} GiB"),
-        Fact("KV cache", f"{quantity(plan.kv_per_token, 'B')}/token", f"{plan.tokens:,} tokens fit: {plan.sequences(p.context):,} requests of {p.context:,}"),
+        Fact("KV cache", f"{quantity(plan.kv_per_token, 'B')}/token", f"{plan.tokens:,} tokens fit: {count(plan.sequences(p.context), 'request')} of {p.context:,}"),
+        *missing,
     ]  # fmt: skip
 
 
@@ -253,10 +257,9 @@ def _print(p: Priced) -> None:
     console.print(f"[bold]{title(p)}[/bold] (modelled{', ops of one device' if p.case.tp > 1 else ''})")
     console.print(text_table(op_table(p)))
     console.print()
-    fits = not isinstance(p.plan, str)
-    console.print(facts_table([*totals(p), *(memory_facts(p) if fits else [])]))
-    if not fits:
-        stderr().print(str(p.plan), style="yellow", markup=False)
+    console.print(facts_table([*totals(p), *(fact for fact in memory_facts(p) if fact.name != "fits")]))
+    if p.problem:
+        stderr().print(p.problem, style="yellow", markup=False)
     if p.lenses:
         console.print("\n[bold]Techniques[/bold], before and after")
         console.print(text_table(lens_table(p)))
@@ -275,7 +278,7 @@ def _print_json(p: Priced) -> None:
         "ops": [row._asdict() for row in op_rows(step.per_op())],
         "limits": {k: v for k, v in p.binding.staves.items() if v < float("inf")}, "joules_per_token": p.binding.joules_per_token,
         "energy": asdict(p.energy),
-        "memory": {"problem": p.plan} if isinstance(p.plan, str) else {**asdict(p.plan), "tokens": p.plan.tokens},
+        "memory": {**asdict(p.plan), "tokens": p.plan.tokens, "problem": p.problem},
         "lenses": [_lens_json(c) for c in p.lenses],
         "together": _lens_json(p.together) if p.together is not None else None,
     }  # fmt: skip
@@ -338,8 +341,7 @@ def _charts(p: Priced) -> dict[str, Callable[[], Any]]:
         "roofline": lambda: charts.roofline(steps), "time": lambda: charts.time_stack(steps),
         "energy": lambda: charts.energy_waterfall(p.step, p.case.tokens),
     }  # fmt: skip
-    if not isinstance(plan, str):
-        found["memory"] = lambda: charts.memory_bar([plan], tokens)
+    found["memory"] = lambda: charts.memory_bar([plan], tokens)
     if p.lenses:
         found["techniques"] = lambda: charts.lens_gains(p.lenses, f"{title(p)} (modelled)")
     return found

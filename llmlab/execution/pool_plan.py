@@ -63,7 +63,7 @@ def no_room(field: str, value: object, memory: Memory, block_bytes: float, budge
         ways.insert(0, f"quantization='int4' (weights of {_gb(int4_bytes)} instead of {_gb(memory.weights)})")
     others = memory.activations + memory.reserve
     beside = f", activations and workspace {_gb(others)}" if others else ""
-    problem = f"its weights need {_gb(memory.weights)}{beside}: no room for KV in the usable {_gb(usable)} of {_gb(capacity)}"
+    problem = f"its weights need {_gb(memory.weights)}{beside}: no room for KV in the usable {_gb(usable)} of {_gb(capacity)}, {_gb(needs - usable)} missing for one block"
     return ConfigError(field, value, problem, f"Choose {' or '.join(ways)}.")
 
 

@@ -108,8 +108,8 @@ def test_two_set_ups_side_by_side() -> None:
     assert f"{ratio:.2f} times" in roof.finding(a, b) and "A is bound by memory" in roof.finding(a, b)
     assert "tokens of KV" in roof.table([a, b])
     big = roof.priced("A", roof.SetUp(model="llama-3.1-70b", machine="t4"))
-    assert isinstance(big.fits, str) and big.fits[:40] in roof.table([big, b])
-    assert roof.memory_chart([big, big]) is None
+    assert "GiB missing" in big.problem and big.problem[:40] in roof.table([big, b])
+    assert "beyond the wall" in str(roof.memory_chart([big, big]).to_dict()["layer"][0]["data"])
     assert len(roof.gains(a, roof.lens_names(a))) == len(roof.lens_names(a)) > 5
 
 

@@ -379,7 +379,8 @@ def test_check_of_a_good_policy_of_ones_own_and_of_a_name(mine: str) -> None:
     result = call("check", f"{mine}:ready", "--patience", "inf")
     assert result.exit_code == 0, result.output
     assert "ShortestPrompt as ordering: ok" in said(result)
-    assert "lru as eviction: ok" in said(call("check", "lru"))
+    assert "lru as eviction: ok" in said(call("check", "lru", "--seam", "eviction"))
+    assert "Choose one with --seam" in said(call("check", "lru"))
 
 
 def test_check_of_a_bad_policy_ends_with_1(mine: str) -> None:
@@ -443,6 +444,15 @@ def test_a_model_that_does_not_fit_is_priced_and_said() -> None:
     assert "does not fit on 1 x t4" in said(result)
     assert "GiB missing" in said(result)
     assert "gate_up_proj" in result.output
+
+
+def test_a_cache_that_does_not_fit_is_drawn_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "roof.html"
+    result = call("roofline", "llama-2-7b", "t4", "--batch", "8", "--context", "2048", "--report", path)
+    assert "6.31 GiB missing" in said(result) and "contexts of 433 tokens" in said(result)
+    page = path.read_text(encoding="utf-8")
+    drawn = json.loads(gzip.decompress(base64.b64decode(re.search(r"id=figures>([^<]+)<", page).group(1))))
+    assert "GiB too much" in json.dumps(drawn["memory"])
 
 
 @pytest.mark.parametrize("name", FORMS)

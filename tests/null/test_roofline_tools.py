@@ -260,6 +260,30 @@ def test_a_model_that_does_not_fit_says_how_much_is_missing_and_what_helps() -> 
         memory.plan("llama-3.1-70b", "t4", "w4a16", tp=1, utilization=0.1)
 
 
+@pytest.mark.parametrize(("dtype", "tp"), [("w4a16", 4), ("fp16", 16)])
+def test_two_changes_at_once_are_named_where_they_spare_devices(dtype: str, tp: int) -> None:
+    with pytest.raises(memory.DoesNotFit) as caught:
+        memory.plan("llama-2-70b", "t4")
+    assert any(f"TensorParallel({tp})" in way and ("4-bit" in way) == (dtype == "w4a16") for way in caught.value.remedies)
+    assert memory.plan("llama-2-70b", "t4", dtype, tp=tp).tokens >= 2048  # the advice holds
+    assert caught.value.plan.tokens == 0 and "beyond the wall" in json.dumps(charts.memory_bar([caught.value.plan], 9).to_dict())
+
+
+def test_a_cache_that_does_not_fit_says_which_smaller_load_or_lens_would() -> None:
+    load = {"sequences": 8, "context": 1024}
+    with pytest.raises(memory.DoesNotFit) as caught:
+        memory.room_for("llama-3.1-8b", "t4", "w8a16", sequences=200, context=1024)
+    assert caught.value.missing == pytest.approx(204_800 * 131_072 - caught.value.plan.free)
+    with pytest.raises(memory.DoesNotFit, match=r"contexts of 433 tokens; 3 at once; 4-bit cache .*; 8-bit weights.*over 2 devices") as caught:
+        memory.room_for("llama-2-7b", "t4", **load)
+    memory.room_for("llama-2-7b", "t4", sequences=8, context=433)
+    memory.room_for("llama-2-7b", "t4", sequences=3, context=1024)
+    memory.room_for("llama-2-7b", "t4", "w8a16", **load)
+    memory.room_for("llama-2-7b", "t4", tp=2, **load)
+    with pytest.raises(RooflineError, match="sequences must be at least 1"):
+        memory.room_for("llama-2-7b", "t4", sequences=0, context=1)
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
