@@ -31,6 +31,14 @@ class EnergySplit:
         return self.compute + self.memory + self.link + self.static
 
 
+def price_per_token(step: StepCost, tokens: float) -> float | None:
+    """Return what one of the ``tokens`` of a step costs, in the currency of ``Hardware.with_price`` (None: no price was
+    given): the hours that all devices of the group are busy. An idle device costs as much, so this is the least."""
+    per_hour = step.model.hardware.price_per_hour
+    positive("tokens", tokens)
+    return None if per_hour is None else step.seconds / 3600 * per_hour * step.model.tp / tokens
+
+
 def split(step: StepCost) -> EnergySplit:
     """Divide a step's joules into compute, memory, link and static (the draw that flows anyway)."""
     model, n = step.model, step.model.tp

@@ -68,6 +68,8 @@ def roofline(
     dtype: Annotated[str | None, typer.Option(help="fp16, bf16, fp8, fp32, w4a16, w8a8, w8a8kv8 ... [dim]\\[default: the device's][/dim]",
                                               show_default=False)] = None,
     tp: Annotated[int, typer.Option("--tp", help="Devices that share every layer.")] = 1,
+    per_hour: Annotated[float | None, typer.Option("--price", help="What a device costs for an hour, in any currency: adds what a million tokens cost.",
+                                                   show_default=False)] = None,
     lens: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A technique, before and after; may be repeated. "
                                                    "`--list` names them.", show_default=False)] = None,
     report: Annotated[Path | None, typer.Option(help="Write the tables and charts as an HTML page.")] = None,
@@ -82,7 +84,7 @@ def roofline(
     if show_list:
         _print_list()
         return
-    priced = price(model, hardware, batch, context, prefill, dtype, tp, lens or [])
+    priced = price(model, hardware, batch, context, prefill, dtype, tp, lens or [], per_hour)
     if as_json:
         _print_json(priced)
     else:
@@ -93,15 +95,17 @@ def roofline(
 
 # ---------------------------------------------------------------------------------------------- pricing
 def price(model: str, hardware: str, batch: int, context: int, prefill: int | None, dtype: str | None, tp: int,
-          lenses: Sequence[str]) -> Priced:  # fmt: skip
-    """Price a step and the techniques. Raises ConfigError or RooflineError."""
+          lenses: Sequence[str], per_hour: float | None = None) -> Priced:  # fmt: skip
+    """Price a step and the techniques; `per_hour`: what a device costs. Raises ConfigError or RooflineError."""
     from llmlab.cli.lenses import lens_of
     from roofline import energy
+    from roofline.hardware import get as get_hardware
     from roofline.lenses import Case, Comparison, compare, compose
 
     _check(batch, context, prefill, tp)
     rows = _rows(batch, context, prefill)
-    case = Case.of(model, hardware, rows, dtype, tp=tp, tokens=rows.tokens)  # of a prompt, too, every token counts
+    device = get_hardware(hardware) if per_hour is None else get_hardware(hardware).with_price(per_hour)
+    case = Case.of(model, device, rows, dtype, tp=tp, tokens=rows.tokens)  # of a prompt, too, every token counts
     cost = case.model()
     step = cost.step(case.rows)
     seen = context if prefill is None else prefill
@@ -200,8 +204,21 @@ def totals(p: Priced) -> list[Fact]:
         Fact("bytes", quantity(step.bytes_hbm, "B"), f"{memory:.1%} of the memory bandwidth"),
         Fact("tokens", f"{rate(case.tokens / step.seconds)} /s", f"at most: {_useful(case)} a step"),
         Fact("scarcest", *_scarcest(limits)),
+        *_money(p),
         Fact("energy", f"{limits.joules_per_token:.3g} J/token", ", ".join(f"{k} {v:.0%}" for k, v in parts.items() if v >= 0.005)),
     ]
+
+
+def _money(p: Priced) -> list[Fact]:
+    """What a million tokens cost, if somebody said what a device costs."""
+    from llmlab.cli.tables import Fact
+    from roofline.energy import price_per_token
+
+    per_token = price_per_token(p.step, p.case.tokens)
+    if per_token is None:
+        return []
+    group = f"{p.case.tp} devices at " if p.case.tp > 1 else ""
+    return [Fact("price", f"{1e6 * per_token:.3g}", f"for a million tokens, {group}{p.case.hardware.price_per_hour:g} an hour")]
 
 
 def _useful(case: Case) -> str:
@@ -270,6 +287,8 @@ def _print_json(p: Priced) -> None:
 
     import msgspec
 
+    from roofline.energy import price_per_token
+
     case, step = p.case, p.step
     value = {
         "model": case.shape.name, "hardware": case.hardware.name, "precision": case.precision.name, "tp": case.tp, "mode": "modelled",
@@ -277,6 +296,7 @@ def _print_json(p: Priced) -> None:
                  "bound": step.bound, "tokens": case.tokens, "tokens_per_second": case.tokens / step.seconds},
         "ops": [row._asdict() for row in op_rows(step.per_op())],
         "limits": {k: v for k, v in p.binding.staves.items() if v < float("inf")}, "joules_per_token": p.binding.joules_per_token,
+        "price_per_token": price_per_token(step, case.tokens),
         "energy": asdict(p.energy),
         "memory": {**asdict(p.plan), "tokens": p.plan.tokens, "problem": p.problem},
         "lenses": [_lens_json(c) for c in p.lenses],

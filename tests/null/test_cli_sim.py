@@ -445,6 +445,16 @@ def test_a_model_that_does_not_fit_is_priced_and_said() -> None:
     assert "gate_up_proj" in result.output
 
 
+def test_a_price_per_hour_becomes_one_per_token() -> None:
+    words = ("roofline", "llama-2-7b", "a100", "--tp", "2", "--batch", "4")
+    value = json.loads(call(*words, "--price", "1.5", "--json").output)
+    assert value["price_per_token"] == pytest.approx(2 * 1.5 / 3600 * value["step"]["seconds"] / 4)
+    shown = call(*words, "--price", "1.5").output
+    assert f"{1e6 * value['price_per_token']:.3g}" in shown and "2 devices at 1.5 an hour" in shown
+    assert json.loads(call(*words, "--json").output)["price_per_token"] is None
+    assert "price" not in call(*words).output
+
+
 def test_a_cache_that_does_not_fit_is_drawn_and_said(tmp_path: Path) -> None:
     path = tmp_path / "roof.html"
     result = call("roofline", "llama-2-7b", "t4", "--batch", "8", "--context", "2048", "--report", path)
@@ -530,6 +540,7 @@ def test_quantities_have_a_prefix_and_three_digits(value: float) -> None:
     (["roofline", "lama", "t4"], "unknown model shape 'lama'"),
     (["roofline", "llama-2-7b", "h300"], "unknown hardware 'h300'"),
     (["roofline", "--batch", "0"], "batch=0"),
+    (["roofline", "--price", "-1"], "price_per_hour must be a finite number of at least 0, got -1.0"),
     (["roofline", "--dtype", "fp8", "llama-2-7b", "t4"], "has no fp8 unit"),
     (["roofline", "--lens", "int5"], "Did you mean 'int8' or 'int4'"),
     (["roofline", "--lens", "skip"], "Write skip:LAYERS"),
