@@ -42,10 +42,11 @@ from llmlab.memory.tiers import TIERINGS
 from llmlab.registry import Registry
 from llmlab.scheduling.admission import ADMISSIONS
 from llmlab.scheduling.composers import COMPOSERS
+from llmlab.scheduling.core import Drafting, Policies
 from llmlab.scheduling.ordering import ORDERINGS
 from llmlab.scheduling.placement import PLACEMENTS
 from llmlab.scheduling.preemption import VICTIMS
-from llmlab.scheduling.scheduler import Drafting, Policies, Scheduler
+from llmlab.scheduling.scheduler import Scheduler
 from llmlab.scheduling.seamcalls import Seam, checked_key, unchecked
 from llmlab.scheduling.weights import WEIGHT_PLACEMENTS
 from llmlab.seams import BlockView, CostModel, Eviction, Limits

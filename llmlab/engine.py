@@ -25,7 +25,7 @@ from llmlab.execution.base import StepBatch, Ticket, row_of
 from llmlab.execution.sim_executor import SimExecutor
 from llmlab.outputs import AnswerState, RequestOutput
 from llmlab.prompts import Prompt, checked_token_ids, token_ids_of
-from llmlab.scheduling.scheduler import Update
+from llmlab.scheduling.core import Update
 from llmlab.scheduling.steady import Steady
 from llmlab.types import (
     FinishReason,

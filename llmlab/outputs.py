@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 
 from llmlab.events.metrics import RequestMetrics
-from llmlab.scheduling.scheduler import Update
+from llmlab.scheduling.core import Update
 from llmlab.types import FinishReason, Request, TokenLogprobs
 
 

@@ -20,7 +20,8 @@ from typing import Protocol
 
 from llmlab.decoding.autoregressive import TokenStop
 from llmlab.events import catalog as ev
-from llmlab.scheduling.scheduler import Policies, Scheduler, Update
+from llmlab.scheduling.core import Policies, Update
+from llmlab.scheduling.scheduler import Scheduler
 from llmlab.seams import Limits
 from llmlab.types import Durations, FinishReason, ItemResult, Request, Sequence, Span, StepPlan, StepResult, WorkItem
 
