@@ -284,7 +284,7 @@ def _nonsense(ask: _Asking, cases: Sequence[Case], answers: Sequence[Answer]) ->
     for case, answer in zip(cases, answers):
         if answer.error:
             wrong.setdefault(answer.error[:300], {})[case.name] = None
-    sentences = [f"{ask.seam.method}() {error} For {_some(list(names))}." for error, names in wrong.items()]
+    sentences = [f"{ask.seam.method}() {error.rstrip('.')}. For {_some(list(names))}." for error, names in wrong.items()]
     return _few(sentences, "other errors")
 
 

@@ -65,7 +65,8 @@ def simulated_speculation(config: EngineConfig, setup: DraftSetup, tokens: Token
         return None
     if isinstance(choice, str) and choice not in DRAFT_SOURCES.names():
         raise ConfigError("speculation", choice, "the simulator runs no draft model, so it cannot know what would be accepted",
-                          f"Give it: speculation=llmlab.speculating.Simulated((0.8, 0.7), draft={choice!r}).")  # fmt: skip
+                          f"Give it: speculation=llmlab.speculating.Simulated((0.8, 0.7), draft={choice!r}); on the command line "
+                          f"--speculate 0.8,0.7@{choice}.")  # fmt: skip
     if not isinstance(choice, Simulated):
         return Speculation(_source(choice, setup), source_name(choice))
     check_acceptance(choice.acceptance)

@@ -20,8 +20,26 @@ from llmlab.types import ConfigError
 
 
 def with_plug_ins(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an EngineConfig, every `module:Class` among its seams loaded. Raises ConfigError."""
-    return {name: plug_in(name, value) if name in PLUG_IN_FIELDS else value for name, value in fields.items()}
+    """The fields of an EngineConfig, every `module:Class` among its seams loaded, and drafts for the simulator made from
+    their numbers. Raises ConfigError."""
+    found = {name: plug_in(name, value) if name in PLUG_IN_FIELDS else value for name, value in fields.items()}
+    return found if "speculation" not in found else {**found, "speculation": draft_source(found["speculation"])}
+
+
+def draft_source(text: Any) -> Any:
+    """`0.8,0.7` or `0.8,0.7@llama-3.2-1b`: how often the first, the second and later drafts hold in a simulation, and whose
+    steps they cost. Any other text is a name, or `module:Class`. Raises ConfigError."""
+    if not isinstance(text, str) or not text[:1].isdigit():
+        return plug_in("speculation", text)
+    from llmlab.speculating import Simulated, check_acceptance
+
+    numbers, _, model = text.partition("@")
+    try:
+        acceptance = tuple(float(number) for number in numbers.split(","))
+    except ValueError:
+        raise ConfigError("speculation", text, "are no numbers", "Write 0.8,0.7 or 0.8,0.7@llama-3.2-1b.") from None
+    check_acceptance(acceptance)
+    return Simulated(acceptance, model or None)
 
 
 def plug_in(field: str, text: Any) -> Any:

@@ -539,6 +539,10 @@ def test_quantities_have_a_prefix_and_three_digits(value: float) -> None:
     ([*GRID, "--set", "trace=a.jsonl"], "set='trace'"),
     (["roofline", "lama", "t4"], "unknown model shape 'lama'"),
     (["roofline", "llama-2-7b", "h300"], "unknown hardware 'h300'"),
+    (["sim", "-n", "2", "--speculate", "0.8,x"], "speculation='0.8,x': are no numbers"),
+    (["sim", "-n", "2", "--speculate", "1.5"], "must be probabilities"),
+    (["sim", "-n", "2", "--speculate", "0.8@lama-9b"], "speculation='lama-9b'"),
+    (["sim", "-n", "2", "--speculate", "llama-3.2-1b"], "--speculate 0.8,0.7@llama-3.2-1b"),
     (["roofline", "--batch", "0"], "batch=0"),
     (["roofline", "--price", "-1"], "price_per_hour must be a finite number of at least 0, got -1.0"),
     (["roofline", "--dtype", "fp8", "llama-2-7b", "t4"], "has no fp8 unit"),
@@ -555,6 +559,15 @@ def test_mistakes_end_with_a_sentence_and_exit_code_2(words: list[str], wrong: s
     assert result.exit_code == 2, result.output
     assert wrong in said(result)
     assert "Traceback" not in result.output
+
+
+def test_drafts_of_a_simulation_hold_as_often_as_they_are_said_to() -> None:
+    def metrics(*words: str) -> dict[str, Any]:
+        return json.loads(call("sim", "-n", "8", "--hardware", "a100", "--json", *words).output)["metrics"]
+
+    plain, drafted, never = metrics(), metrics("--speculate", "1,1@llama-3.2-1b"), metrics("--speculate", "0@llama-3.2-1b")
+    assert 2 * drafted["num_steps"] < plain["num_steps"] and (drafted["acceptance_rate"], never["acceptance_rate"]) == (1, 0)
+    assert drafted["mean_tpot"] < plain["mean_tpot"] < never["mean_tpot"]
 
 
 def test_every_field_that_shapes_a_simulation_is_an_option() -> None:
