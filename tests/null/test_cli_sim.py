@@ -562,7 +562,7 @@ def test_mistakes_end_with_a_sentence_and_exit_code_2(words: list[str], wrong: s
 
 
 def test_drafts_of_a_simulation_hold_as_often_as_they_are_said_to() -> None:
-    def metrics(*words: str) -> dict[str, Any]:
+    def metrics(*words: str) -> dict[str, float]:
         return json.loads(call("sim", "-n", "8", "--hardware", "a100", "--json", *words).output)["metrics"]
 
     plain, drafted, never = metrics(), metrics("--speculate", "1,1@llama-3.2-1b"), metrics("--speculate", "0@llama-3.2-1b")
