@@ -436,9 +436,9 @@ def _default_num_blocks(config: EngineConfig, backend: Backend) -> int:
     memory = _memory(config, backend)
     blocks = kv_blocks(memory, per_block, budget)
     if blocks < 1:
-        int4 = weight_bytes(backend.model.shape, Precision.parse(parse_quantization("int4").precision(16)))
+        narrow = {name: weight_bytes(backend.model.shape, Precision.parse(parse_quantization(name).precision(16))) for name in ("int8", "int4")}
         asked = ("model", config.model) if budget is None else ("gpu_memory", config.gpu_memory)
-        raise no_room(*asked, memory, per_block, budget, int4)
+        raise no_room(*asked, memory, per_block, budget, narrow)
     if backend.loaded is not None:
         blocks = min(blocks, config.max_num_seqs * -(-backend.model.max_model_len // config.block_size))
     return blocks

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from llmlab.types import ConfigError
@@ -51,16 +52,20 @@ def kv_blocks(memory: Memory, block_bytes: float, budget: float | None = None) -
     return int((capacity * MEMORY_SHARE - held - memory.weights - memory.activations - memory.reserve) // block_bytes)
 
 
-def no_room(field: str, value: object, memory: Memory, block_bytes: float, budget: float | None, int4_bytes: float) -> ConfigError:
-    """What to tell a user whose model leaves no room for KV: what it needs, and what would fit."""
+def no_room(field: str, value: object, memory: Memory, block_bytes: float, budget: float | None, narrow: Mapping[str, float]
+            ) -> ConfigError:  # fmt: skip
+    """What to tell a user whose model leaves no room for KV: what it needs, what is missing, and what would fit. `narrow`:
+    bytes of the weights by quantization, the mildest first."""
     capacity = memory.capacity if budget is None else min(memory.capacity, budget)
     needs = memory.weights + memory.activations + memory.reserve + block_bytes
     usable = capacity * MEMORY_SHARE - (memory.held if budget is None else 0.0)
     ways = ["a larger device", "a smaller model"]
     if memory.activations > 0 and memory.weights + memory.reserve + block_bytes < usable:
         ways.insert(0, "fewer tokens in a step (max_num_batched_tokens)")
-    if needs - memory.weights + int4_bytes <= usable:
-        ways.insert(0, f"quantization='int4' (weights of {_gb(int4_bytes)} instead of {_gb(memory.weights)})")
+    fitting = {name: size for name, size in narrow.items() if needs - memory.weights + size <= usable}
+    if fitting:
+        sizes = " or ".join(_gb(size) for size in fitting.values())
+        ways.insert(0, f"quantization={' or '.join(map(repr, fitting))} (weights of {sizes} instead of {_gb(memory.weights)})")
     others = memory.activations + memory.reserve
     beside = f", activations and workspace {_gb(others)}" if others else ""
     problem = f"its weights need {_gb(memory.weights)}{beside}: no room for KV in the usable {_gb(usable)} of {_gb(capacity)}, {_gb(needs - usable)} missing for one block"

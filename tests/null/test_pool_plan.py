@@ -42,9 +42,10 @@ def test_a_budget_imitates_a_smaller_card() -> None:
 
 def test_the_way_out_names_what_would_fit() -> None:
     memory = Memory(16 * GB, 0.0, 16 * GB, 0.3 * GB, 0.5 * GB)
-    told = str(no_room("model", "llama-3.1-8b", memory, 2 << 20, None, 5 * GB))
-    assert "quantization='int4'" in told and "2.40 GB missing" in told
-    assert "int4" not in str(no_room("model", "llama-3.1-70b", memory, 2 << 20, None, 40 * GB))
+    told = str(no_room("model", "llama-3.1-8b", memory, 2 << 20, None, {"int8": 9 * GB, "int4": 5 * GB}))
+    assert "quantization='int8' or 'int4' (weights of 9.00 GB or 5.00 GB" in told and "2.40 GB missing" in told
+    assert "quantization='int4'" in str(no_room("model", "x", memory, 2 << 20, None, {"int8": 15 * GB, "int4": 8 * GB}))
+    assert "int4" not in str(no_room("model", "llama-3.1-70b", memory, 2 << 20, None, {"int4": 40 * GB}))
     assert "int4" in str(out_of_memory("m", "float16", 16 * GB, 14 * GB, 5 * GB))
     assert "larger device" in str(out_of_memory("m", "float16", 140 * GB, 14 * GB, 40 * GB))
 
