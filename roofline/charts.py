@@ -211,8 +211,8 @@ def _dot_marks(dots: list[dict[str, Any]], span: float, xs: Any, ys: Any) -> lis
     tips = [alt.Tooltip(f"{name}:N") for name in ("op", "step", "bound")] + [alt.Tooltip("ms:Q", format=".3f")]
     size = alt.Size("share:Q", scale=alt.Scale(domain=[0, 1], range=list(AREAS)), legend=None)
     points = base.mark_point(filled=True, opacity=0.75, style="rim").encode(
-        size, alt.Color("phase:N", scale=colour, legend=alt.Legend(values=phases, offset=30)),
-        alt.Shape("kind:N", scale=shape, legend=alt.Legend(symbolType="circle", offset=30)), tooltip=tips)  # fmt: skip
+        size, alt.Color("phase:N", scale=colour, legend=alt.Legend(values=phases, offset=30, orient="top", title=None)),
+        alt.Shape("kind:N", scale=shape, legend=alt.Legend(symbolType="circle", offset=30, orient="top", title=None)), tooltip=tips)  # fmt: skip
     left, right = xs.to_dict()["scale"]["domain"]
     found = _labels(dots, span, left, right)
     texts = []

@@ -113,7 +113,7 @@ def config(name: str) -> dict[str, Any]:
         "axisX": {"titleAnchor": "end"},
         "axisY": {"titleAngle": 0, "titleAlign": "left", "titleAnchor": "end", "titleY": -10, "titleX": -34},
         "legend": {**small, "labelColor": c.ink, "titleColor": c.mute, "orient": "top", "symbolType": "square",
-                   "symbolSize": 110, "offset": 4, "labelFontSize": 11.5},
+                   "symbolSize": 110, "offset": 4, "labelFontSize": 11.5, "symbolBaseFillColor": c.mute},
         "header": {"labelColor": c.ink, "titleColor": c.mute, "labelFontSize": 12},
         "text": {"color": c.ink, "fontSize": 11.5},
         "rule": {"color": c.mute},
@@ -122,5 +122,9 @@ def config(name: str) -> dict[str, Any]:
         "style": {
             "note": {"color": c.mute, "fontSize": 11.5},
             "strong": {"color": c.preempted, "fontSize": 12, "fontWeight": "bold"},
+            # the styles that charts of `roofline` name
+            "halo": {"stroke": c.paper, "strokeWidth": 3}, "rim": {"stroke": c.paper, "strokeWidth": 1},
+            "wall": {"color": c.ink, "fill": c.ink}, "quiet": {"color": c.mute, "fill": c.mute}, "bold": {"color": c.ink},
+            "roof": {"color": c.ink, "strokeWidth": 2.5}, "otherRoof": {"color": c.mute, "strokeWidth": 2, "opacity": 0.6},
         },
     }  # fmt: skip

@@ -240,3 +240,10 @@ def test_the_inspector_carries_the_sentences_and_filters_by_the_field_of_the_bru
     rows = [row for rows in spec["datasets"].values() for row in rows]
     assert sum(r.get("kind") == "victim" for r in rows) == len(victims)
     assert all("t0" in row for row in rows), "a brush filters by the field that it was drawn on"
+
+def test_charts_of_the_roofline_find_their_styles_in_the_themes_of_the_lab() -> None:
+    from llmlab.ui import theme
+    from roofline import charts
+
+    for name, dark in (("light", False), ("dark", True)):
+        assert set(charts.theme_config(dark)["style"]) <= set(theme.config(name)["style"])
