@@ -33,6 +33,8 @@ APPS = (
         "Draft several tokens, verify them in one step: how many were right, and was it worth it? On the real engine."),
     App("experts", "Experts",
         "A mixture of experts of which only some fit on the device: fetch them, keep them, or compute them on the CPU?"),
+    App("overlap", "CPU and GPU in parallel",
+        "A small GPU whose CPU attends, too: four placements under one load, who works when, and what a token costs where. Simulated."),
 )  # fmt: skip
 
 
@@ -52,6 +54,16 @@ def app_file(name: str) -> Path:
         if place.is_file():
             return place
     raise ConfigError("app", name, "its file is not installed", f"It should be at {places[0]}; install llmlab again.")
+
+
+def recorded_file(name: str) -> Path:
+    """A file among the recorded runs: inside an installed package, or of a source checkout. Raises ConfigError."""
+    package = Path(llmlab.__path__[0])
+    places = [root / "runs" / name for root in (package / "_data", package.parent / "datasets")]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ConfigError("recorded", name, "is not installed", f"It should be at {places[0]}; install llmlab again.")
 
 
 def recorded_runs() -> dict[str, Path]:

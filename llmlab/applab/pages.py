@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from llmlab.applab import gallery, pictures, trial
+from llmlab.applab import gallery, overlap, pictures, trial
 from llmlab.applab.serving import THEME_COOKIE
 from llmlab.applab.trial import Course, Lap, Trial
 from llmlab.runs import Run
@@ -62,3 +63,34 @@ def head_to_head(entry: Trial, course: Course) -> Any:
     """Two timelines of the first seed: the default and your policy."""
     a, b = trial.head_to_head(entry, course, entry.seam)
     return pictures.drawn(page_theme(), lambda: figures.policy_race(a.run, b.run, (a.policy, b.policy), 30))
+
+
+# ------------------------------------------------------------------------------- CPU and GPU in parallel
+def placements(of: overlap.Machine) -> dict[str, overlap.Served]:
+    """All placements on this machine: the recorded ones for the default, otherwise simulated, with a bar that shows how far it is."""
+    import marimo as mo
+
+    if of == overlap.Machine():
+        return overlap.read(gallery.recorded_file("overlap.json")).served
+    with mo.status.progress_bar(total=len(overlap.NAMES), title="Simulating", remove_on_exit=True) as bar:
+        return overlap.compared(of, lambda name: bar.update(subtitle=name))
+
+
+def iterations(of: overlap.Machine, chosen: Sequence[str]) -> list[overlap.Glimpse]:
+    """Two iterations of each: recorded or simulated."""
+    import marimo as mo
+
+    if of == overlap.Machine():
+        known = overlap.read(gallery.recorded_file("overlap.json")).glimpses
+        return [known[name] for name in chosen]
+    with mo.status.spinner(title="Simulating two iterations", remove_on_exit=True):
+        return [overlap.glimpse(of, name) for name in chosen]
+
+
+def side_by_side(chosen: Sequence[str], seen: Sequence[overlap.Glimpse], until: float | None) -> Any:
+    """Their iterations on one scale; one below the other where the page is narrow."""
+    import marimo as mo
+
+    end = min(until or float("inf"), max(one.length for one in seen))
+    drawn = [pictures.drawn(page_theme(), partial(overlap.gantt, name, one, end)) for name, one in zip(chosen, seen)]
+    return mo.hstack([panel.style(flex="1 1 420px", min_width="0") for panel in drawn], gap=1.5, wrap=True)

@@ -1,7 +1,8 @@
 """Record the runs that the apps open with: `python -m llmlab.applab.record FILE.jsonl.zst`
-(the engine room), `python -m llmlab.applab.record FOLDER` (speculation).
+(the engine room), `python -m llmlab.applab.record FOLDER` (speculation), `python -m llmlab.applab.record FILE.json` (CPU and
+GPU in parallel; simulated, so it is the same everywhere).
 
-Real and measured, on the machine at hand: the live engine's configuration with a pool that is too small, 40 requests of
+The first two are real and measured, on the machine at hand: the live engine's configuration with a pool that is too small, 40 requests of
 its stream, and a long prompt in the middle.
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from llmlab.applab import spec
+from llmlab.applab import overlap, spec
 from llmlab.applab.live import LIVE
 from llmlab.applab.stream import Stream
 from llmlab.engine import Engine
@@ -51,5 +52,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     if place.is_dir():
         record_drafts(place)
+    elif place.suffix == ".json":
+        overlap.write(place)
     else:
         print(record(place))

@@ -28,6 +28,7 @@ from llmlab.scheduling.placement import PLACEMENTS
 from llmlab.scheduling.placement_modes import Pipelined, Times, Weigher
 from llmlab.seams import EngineView, Limits, Placed, PoolView, Rehome, RequestView
 from llmlab.types import Cost, Request, ResourceSpan, SamplingParams, Span, Status, WorkItem
+from llmlab.workloads.source import Load
 from roofline import shapes
 
 NAMES = ("gpu_only", "fastdecode", "neo", "apex")
@@ -210,18 +211,29 @@ class Loop(NamedTuple):
     run: Run
 
 
+def loop_config(placement: str, speed: float, *, hardware: str = "t4", model: str = "llama-2-7b", kv_tokens: int = KV_T4,
+                host_tokens: int = 128_000, log_level: int = 1, log_capacity: int = 4_000_000) -> EngineConfig:  # fmt: skip
+    """The engine of a closed loop. The GPU alone gets chunked prefill and the cheaper of swapping and recomputing: the honest
+    baseline."""
+    return EngineConfig(
+        model=model, executor="sim", hardware=hardware, host=f"{speed:g}%", block_size=BLOCK, num_blocks=kv_tokens // BLOCK,
+        num_host_blocks=host_tokens // BLOCK, max_num_seqs=384, max_num_batched_tokens=512, placement=placement,
+        tiering="cheapest", enable_prefix_caching=False, log_level=log_level, check_interval=0, log_capacity=log_capacity,
+    )  # fmt: skip
+
+
+def loop_load(num_requests: int = 450, clients: int = 224, prompt: Any = OSC["prompt"], output: Any = OSC["output"]) -> Load:
+    """Clients that ask again as soon as they are answered."""
+    return llmlab.Workload.poisson(rate=1e6, n=num_requests, prompt=prompt, output=output, seed=1).closed_loop(clients)
+
+
 def closed_loop(placement: str, speed: float, *, hardware: str = "t4", model: str = "llama-2-7b", kv_tokens: int = KV_T4,
                 host_tokens: int = 128_000, num_requests: int = 450, clients: int = 224, prompt: Any = OSC["prompt"],
                 output: Any = OSC["output"], log_level: int = 1) -> Loop:  # fmt: skip
-    """Clients that ask again as soon as they are answered. The GPU alone gets chunked prefill and the cheaper of swapping and
-    recomputing: the honest baseline."""
-    work = llmlab.Workload.poisson(rate=1e6, n=num_requests, prompt=prompt, output=output, seed=1)
-    config = EngineConfig(
-        model=model, executor="sim", hardware=hardware, host=f"{speed:g}%", block_size=BLOCK, num_blocks=kv_tokens // BLOCK,
-        num_host_blocks=host_tokens // BLOCK, max_num_seqs=384, max_num_batched_tokens=512, placement=placement,
-        tiering="cheapest", enable_prefix_caching=False, log_level=log_level, check_interval=0, log_capacity=4_000_000,
-    )  # fmt: skip
-    run = llmlab.run(config, work.closed_loop(clients))
+    """`loop_load` through the engine of `loop_config`."""
+    config = loop_config(placement, speed, hardware=hardware, model=model, kv_tokens=kv_tokens, host_tokens=host_tokens,
+                         log_level=log_level)  # fmt: skip
+    run = llmlab.run(config, loop_load(num_requests, clients, prompt, output))
     modes: dict[str, int] = {}
     for decision in run.events("Decision"):
         if decision.seam == "placement":

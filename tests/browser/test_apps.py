@@ -225,6 +225,26 @@ def test_experts(browser: Any, lab: str, screenshots: Path) -> None:
     page.close()
 
 
+def test_overlap(browser: Any, lab: str, screenshots: Path) -> None:
+    page = Page(browser, lab, "light", 1280, 1300)
+    took = page.open(f"{lab}overlap/", ".vega-embed")
+    assert took < 20, f"the first picture took {took:.1f} s"
+    page.becomes(lambda: page.page.locator(".vega-embed").count() == 4, "a picture is missing")
+    assert "apex makes" in finding(page) and "(simulated)" in finding(page) and re.search(r"neo: .* an iteration, worth \d+ tokens/s", finding(page))
+    page.page.wait_for_timeout(1000)
+    page.save(screenshots, "overlap_light_1280")
+    page.changes(lambda: page.picture(".vega-embed >> nth=1"), lambda: page.choose("look at", "their first 10 ms"), "look at")
+    page.changes(lambda: finding(page), lambda: page.choose("compare", "gpu_only"), "compare")
+    page.becomes(lambda: "gpu_only: " in finding(page), "the left panel does not follow")
+    page.changes(lambda: finding(page), lambda: page.choose("with", "fastdecode"), "with")
+    page.becomes(lambda: "fastdecode: " in finding(page), "the right panel does not follow")
+    page.changes(lambda: finding(page), lambda: page.slide("CPU's attention", "ArrowRight", 3), "CPU speed")
+    page.becomes(lambda: "attends at 40%" in finding(page), "the CPU does not get faster", 90)
+    page.changes(lambda: finding(page), lambda: page.slide("KV tokens on the GPU", "ArrowRight", 3), "KV tokens")
+    page.becomes(lambda: "With 6,912 KV tokens" in finding(page), "the memory does not grow", 90)
+    page.close()
+
+
 @pytest.mark.parametrize("name", [app.name for app in APPS if app.name != "engine_room"])
 def test_every_app_at_night_on_a_narrow_screen(browser: Any, lab: str, screenshots: Path, name: str) -> None:
     page = Page(browser, lab, "dark", 800, 1500)
