@@ -176,9 +176,9 @@ def finding(of: Machine, found: Mapping[str, Served]) -> str:
         return (f"{where}, the GPU alone is the fastest with {rates[first]:.0f} tokens a second: the best that uses the CPU, {second}, "
                 f"makes {percent(1 - rates[second] / rates[first])} fewer (simulated)")  # fmt: skip
     ahead = rates[first] / rates[second] - 1
-    beside = f"{ahead:.0%} more than {second}" if ahead >= 0.005 else f"as many as {second}"
+    beside = "" if second == "gpu_only" else f", {percent(ahead)} more than {second}" if ahead >= 0.005 else f", as many as {second}"
     return (f"{where}, {first} makes {rates[first]:.0f} tokens a second: {rates[first] / rates['gpu_only']:.1f} times those of the GPU "
-            f"alone, {beside} (simulated)")  # fmt: skip
+            f"alone{beside} (simulated)")  # fmt: skip
 
 
 def rates_chart(of: Machine, found: Mapping[str, Served], chosen: Sequence[str]) -> Any:

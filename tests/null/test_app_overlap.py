@@ -56,6 +56,8 @@ def test_findings_follow_the_data() -> None:
     ahead = overlap.finding(Machine(), made(gpu_only=20, fastdecode=50, neo=80, apex=100))
     assert "apex makes 100 tokens a second: 5.0 times those of the GPU alone, 25% more than neo" in ahead
     assert "as many as apex" in overlap.finding(Machine(), made(gpu_only=20, fastdecode=50, neo=100, apex=100))
+    slow = overlap.finding(Machine(2), made(gpu_only=20, fastdecode=10, neo=10, apex=30))
+    assert slow.endswith("1.5 times those of the GPU alone (simulated)")
     lost = overlap.finding(Machine(), made(gpu_only=200, fastdecode=50, neo=80, apex=150))
     assert "the GPU alone is the fastest with 200" in lost and "apex, makes 25% fewer" in lost
     told = overlap.latency_finding(made(gpu_only=1, apex=1), ("apex", "apex"))
