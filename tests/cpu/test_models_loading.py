@@ -161,7 +161,7 @@ def test_header_of_garbage(copy: Path) -> None:
 def test_shape_mismatch_names_both_shapes(copy: Path) -> None:
     edit_config(copy, intermediate_size=96)
     message = refusal(copy)
-    assert "model.layers.0.mlp" in message and "[80, 48]" in message and "[96, 48]" in message
+    assert "model.layers.0.mlp" in message and "[128, 48]" in message and "[96, 48]" in message
 
 
 def test_missing_tensor(copy: Path) -> None:
