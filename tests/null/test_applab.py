@@ -123,14 +123,16 @@ def test_the_newest_requests_only(cut: Window) -> None:
     assert list(Window([cut.started], cut.log_events, newest=3).requests) == names[-3:]
 
 
-def test_the_command_answers_an_unknown_app_and_a_wrong_port_with_a_sentence() -> None:
+@pytest.mark.parametrize("words", [["app", "engine-rom"], ["lab", "--port", "70000"]])
+def test_the_command_answers_an_unknown_app_and_a_wrong_port_with_a_sentence(words: list[str]) -> None:
+    pytest.importorskip("marimo", reason='marimo is not installed: pip install "llmlab[apps]"')
     from typer.testing import CliRunner
 
     from llmlab.cli.app import app
 
-    for words, said in ((["app", "engine-rom"], "engine_room"), (["lab", "--port", "70000"], "port")):
-        result = CliRunner().invoke(app, words)
-        assert result.exit_code == 2 and said in result.output and "Traceback" not in result.output
+    result = CliRunner().invoke(app, words)
+    said = "engine_room" if words[0] == "app" else "port"
+    assert result.exit_code == 2 and said in result.output and "Traceback" not in result.output
 
 
 def test_where_no_browser_can_be_opened_that_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
