@@ -143,7 +143,7 @@ def assemble(config: EngineConfig) -> Assembly:
     metrics = MetricsFold(KEPT_REQUESTS)
     log = _log(config, clock, metrics)
     if backend.offload is not None and backend.loaded is not None:
-        backend.offload.start(backend.loaded.model, _seam(config, log, "weights"), config.num_expert_slots)
+        backend.offload.start(backend.loaded.model, _seam(config, log, "weights"), _num_slots(config, backend.model.shape))
     executor, speculation = _executor(config, backend, clock, log, num_blocks, num_host_blocks)
     drafts = speculation.shape if speculation is not None else None
     scheduler = build_scheduler(config, backend.cost, limits, log, num_blocks, num_host_blocks, drafts)
@@ -511,6 +511,7 @@ def _expert_simulation(config: EngineConfig, backend: Backend, cost: Any, tokens
 
 
 def _num_slots(config: EngineConfig, shape: shapes.Shape) -> int:
+    """Experts that fit on the device: as many as was said, or a quarter of them."""
     return config.num_expert_slots or max(1, shape.moe_layers() * shape.num_experts // 4)
 
 

@@ -11,8 +11,7 @@ assumed to overlap: an instant is shared only by work on different resources. No
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,9 +19,10 @@ from llmlab.clock import VirtualClock
 from llmlab.events.log import EventLog
 from llmlab.execution.timelines import Timelines
 from llmlab.memory.weight_store import Fetch, WeightStore
-from llmlab.scheduling.seamcalls import Seam, checked_key, checked_routing, unchecked
-from llmlab.scheduling.weights import LRU, Counts
-from llmlab.seams import ExpertCosts, ExpertId, ExpertUse, Key, RoutingView, UnitView, WeightPlacement, Where
+from llmlab.scheduling.expert_calls import ExpertCalls
+from llmlab.scheduling.seamcalls import Seam
+from llmlab.scheduling.weights import LRU
+from llmlab.seams import ExpertCosts, ExpertId, ExpertUse, RoutingView, WeightPlacement, Where
 from llmlab.types import ResourceSpan
 from llmlab.workloads.routing import RoutingTrace
 from roofline.cost import CostModel
@@ -30,7 +30,6 @@ from roofline.ops import SILU_FLOPS, elementwise, linear
 from roofline.rows import Rows
 
 CPU = ("cpu", "defer")
-KEPT_STEPS = 32  # earlier steps whose routing a policy may look at
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,6 @@ class TimelineMover:
 class LayerWork(NamedTuple):
     """What the router of one layer asks for."""
 
-    step: int
     layer: int
     uses: tuple[ExpertUse, ...]
     guess: tuple[ExpertUse, ...] = ()
@@ -131,35 +129,43 @@ class Dispatch(NamedTuple):
     end: float
 
 
+class Happened(NamedTuple):
+    """Work on device and CPU, copies, and what each copy brought, in order."""
+
+    spans: tuple[ResourceSpan, ...]
+    copies: tuple[ResourceSpan, ...]
+    fetches: tuple[Fetch, ...]
+
+    @property
+    def all_spans(self) -> tuple[ResourceSpan, ...]:
+        return tuple(sorted((*self.spans, *self.copies), key=lambda span: span.start))
+
+
 class ExpertStage:
     """The expert part of every layer, on the timelines. `popularity` was measured on other work than what follows."""
 
     def __init__(self, seam: Seam[WeightPlacement], costs: ExpertCosts, num_layers: int, num_slots: int, timelines: Timelines,
                  popularity: Sequence[Sequence[float]]) -> None:  # fmt: skip
         self.spans: list[ResourceSpan] = []
-        self._seam, self._costs, self._num_layers = seam, costs, num_layers
-        self._timelines = timelines
         self.mover = TimelineMover(timelines, costs.fetch)
-        self.store: WeightStore[float] = WeightStore(num_slots, self.mover)
-        self._past: deque[Counts] = deque(maxlen=KEPT_STEPS)
-        self._counts: list[tuple[int, ...]] = []
-        self._blank = (0,) * len(popularity[0])
-        self._wanted: list[ExpertId] = []
+        self._costs, self._timelines = costs, timelines
+        self._calls = ExpertCalls(seam, costs, num_layers, len(popularity[0]), WeightStore(num_slots, self.mover))
+        self._wanted: Sequence[ExpertId] = ()
         self._wanted_since = 0.0
         self._deferred = 0.0  # when what the layer before left to the CPU is done
-        self.store.load(seam.ask(lambda p: p.initial(popularity, num_slots), unchecked))
+        self._calls.load(popularity)
 
     def run(self, work: LayerWork, ready: float) -> Dispatch:
         """Serve one layer whose router spoke at `ready`."""
-        self._note(work)
-        self._prefetch(self._view(work), ready)
-        view = self._view(work)  # copies that began meanwhile count as resident
-        chosen = self._seam.ask(lambda p: p.place(view), lambda answer: checked_routing(answer, view))
+        seen = self._calls.look(*work)
+        self._prefetch(seen, ready)
+        view = self._calls.look_again(seen)  # copies that began meanwhile count as resident
+        chosen = self._calls.place(view)
         self.mover.now = ready
         due, self._deferred = self._deferred, 0.0
         ends = [self._on_cpu(use, chosen[use.expert], work, ready) for use in work.uses if chosen[use.expert] in CPU]
         ends += self._on_device([use for use in work.uses if chosen[use.expert] not in CPU], chosen, view, ready)
-        self._wanted, self._wanted_since = list(self._seam.ask(lambda p: p.prefetch(view), unchecked)), ready
+        self._wanted, self._wanted_since = self._calls.prefetch(view), ready
         hits = sum(use.expert in view.resident for use in work.uses)
         return Dispatch(work, chosen, hits, max([ready, due, *ends]))
 
@@ -168,23 +174,13 @@ class ExpertStage:
         """When the work that was put off is done: the end of a step waits for it."""
         return self._deferred
 
-    def all_spans(self) -> list[ResourceSpan]:
-        return sorted([*self.spans, *self.mover.spans], key=lambda span: span.start)
-
-    def _note(self, work: LayerWork) -> None:
-        self.store.tick += 1
-        if work.layer == 0 and self._counts:
-            self._past.append(self._padded())
-            self._counts = []
-        tokens = {use.expert: use.num_tokens for use in work.uses}
-        self._counts.append(tuple(tokens.get(expert, 0) for expert in range(len(self._blank))))
-
-    def _padded(self) -> Counts:
-        return (*self._counts, *[self._blank] * (self._num_layers - len(self._counts)))
-
-    def _view(self, work: LayerWork) -> RoutingView:
-        return RoutingView(work.step, work.layer, self._num_layers, work.uses, self.store.of_layer(work.layer),
-                           self.store.num_slots, work.guess, self._padded(), tuple(self._past), self._costs)  # fmt: skip
+    def take(self) -> Happened:
+        """What happened since the last call."""
+        happened = Happened(tuple(self.spans), tuple(self.mover.spans), tuple(self.mover.fetches))
+        self.spans.clear()
+        self.mover.spans.clear()
+        self.mover.fetches.clear()
+        return happened
 
     def _prefetch(self, view: RoutingView, until: float) -> None:
         """Copies of wanted units that began before `until`; the others are forgotten, for demand comes first."""
@@ -192,11 +188,8 @@ class ExpertStage:
         for unit in self._wanted:
             if max(self._timelines.free.get("h2d", 0.0), self._wanted_since) >= until:
                 break
-            self.store.bring(unit, "prefetch", self._score(view))
-        self._wanted = []
-
-    def _score(self, view: RoutingView) -> Callable[[UnitView, ExpertId], Key]:
-        return lambda unit, incoming: self._seam.ask(lambda p: checked_key(p.score(unit, incoming, view)), unchecked)
+            self._calls.bring(unit, "prefetch", view)
+        self._wanted = ()
 
     def _on_cpu(self, use: ExpertUse, where: Where, work: LayerWork, ready: float) -> float:
         span = self._timelines.place("cpu", ready, self._costs.cpu(use.num_tokens), f"expert {work.layer}.{use.expert}")
@@ -209,25 +202,25 @@ class ExpertStage:
     def _on_device(self, uses: Sequence[ExpertUse], chosen: Mapping[int, Where], view: RoutingView, ready: float
                    ) -> list[float]:  # fmt: skip
         """Those that are there first, in the order of their arrival; then the missing ones, the most wanted first."""
-        units = {use.expert: ExpertId(view.layer, use.expert) for use in uses}
-        there = [use for use in uses if units[use.expert] in self.store]
-        there.sort(key=lambda use: (self.store.slot(units[use.expert]).ticket, use.expert))
+        store, units = self._calls.store, {use.expert: ExpertId(view.layer, use.expert) for use in uses}
+        there = [use for use in uses if units[use.expert] in store]
+        there.sort(key=lambda use: (store.slot(units[use.expert]).ticket, use.expert))
         ends = [self._compute(use, units[use.expert], ready) for use in there]
         for use in sorted(uses, key=lambda use: (-use.num_tokens, use.expert)):
             unit = units[use.expert]
-            if unit not in self.store:
-                self.store.bring(unit, "demand", self._score(view))
+            if unit not in store:
+                self._calls.bring(unit, "demand", view)
                 ends.append(self._compute(use, unit, ready))
             if chosen[use.expert] == "stream":
-                self.store.drop(unit)
+                store.drop(unit)
         return ends
 
     def _compute(self, use: ExpertUse, unit: ExpertId, ready: float) -> float:
-        slot = self.store.pin(unit)
+        slot = self._calls.store.pin(unit)
         span = self._timelines.place("device", max(ready, slot.ticket), self._costs.device(use.num_tokens),
                                      f"expert {unit.layer}.{unit.expert}")  # fmt: skip
         self.spans.append(span)
-        self.store.release(unit, span.end)
+        self._calls.store.release(unit, span.end)
         return span.end
 
 
@@ -262,16 +255,17 @@ def simulate(policy: WeightPlacement, trace: RoutingTrace, steps: Sequence[Seque
     seam = Seam("weights", policy, LRU(), EventLog(VirtualClock()), math.inf)
     stage = ExpertStage(seam, costs, trace.num_layers, num_slots, timelines, popularity)
     dispatches, ends, now = [], [], 0.0
-    for step, rows in enumerate(steps):
+    for rows in steps:
         rest = costs.rest(len(rows), kv_tokens)
         for layer in range(trace.num_layers):
             span = timelines.place("device", now, rest, f"attention {layer}")
             stage.spans.append(span)
-            done = stage.run(LayerWork(step, layer, trace.uses(rows, layer), trace.guesses(rows, layer)), span.end)
+            done = stage.run(LayerWork(layer, trace.uses(rows, layer), trace.guesses(rows, layer)), span.end)
             dispatches.append(done)
             now = done.end
         now = max(now, stage.deferred)
         ends.append(now)
+    happened = stage.take()
     durations = tuple(end - begin for begin, end in zip([0.0, *ends], ends, strict=False))
     return OffloadRun(now, durations, sum(map(len, steps)), sum(len(d.work.uses) for d in dispatches),
-                      sum(d.hits for d in dispatches), tuple(stage.mover.fetches), tuple(dispatches), tuple(stage.all_spans()))  # fmt: skip
+                      sum(d.hits for d in dispatches), happened.fetches, tuple(dispatches), happened.all_spans)  # fmt: skip

@@ -12,7 +12,6 @@ without a GPU device and host are two regions of one memory: copies, threads and
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
@@ -25,12 +24,11 @@ from llmlab.kernels import reference
 from llmlab.kernels.dispatch import Kernels, LinearImpl
 from llmlab.memory.weight_store import Fetch, WeightStore
 from llmlab.models.transformer import Layer, MoEMLP, Transformer
-from llmlab.scheduling.seamcalls import Seam, checked_key, checked_routing, unchecked
-from llmlab.scheduling.weights import Counts
+from llmlab.scheduling.expert_calls import ExpertCalls, told
+from llmlab.scheduling.seamcalls import Seam
 from llmlab.seams import ExpertId, ExpertUse, Key, RoutingView, UnitView, WeightPlacement
 from llmlab.types import ConfigError, ExpertDispatch, StepResult, WeightMove
 
-KEPT_STEPS = 32  # earlier steps whose routing a policy may look at
 SAMPLES = (1, 16)  # tokens at which an expert's arithmetic is timed
 
 
@@ -173,24 +171,20 @@ class ExpertOffload:
         self._worker = ThreadPoolExecutor(1, "llmlab-cpu-experts")
         self._device = torch.device(device)
         self._dispatches: list[ExpertDispatch] = []
-        self._past: deque[Counts] = deque(maxlen=KEPT_STEPS)
-        self._counts: list[tuple[int, ...]] = []
         self._deferred: list[Deferred] = []
-        self._step = -1
 
-    def start(self, model: Transformer, seam: Seam[WeightPlacement], num_slots: int | None,
+    def start(self, model: Transformer, seam: Seam[WeightPlacement], num_slots: int,
               popularity: Sequence[Sequence[float]] | None = None) -> None:  # fmt: skip
-        """Load what the policy wants there at first. `num_slots`: experts that fit on the device, a quarter of them if None.
+        """Load what the policy wants there at first. `num_slots`: experts that fit on the device.
         `popularity[layer][expert]`: all alike if nobody measured it. Raises ConfigError if the model has no experts."""
-        if not self.host.num_layers:
+        host = self.host
+        if not host.num_layers:
             raise ConfigError("weights", seam.policy_name, "this model has no experts to place", "Leave it at 'resident'.")
-        total = self.host.num_layers * self.host.num_experts
-        self.store: WeightStore[Future[Packed]] = WeightStore(num_slots or max(1, total // 4), self.copies)
-        self._seam = seam
+        self.store: WeightStore[Future[Packed]] = WeightStore(num_slots, self.copies)
+        costs = TimedCosts(host, model.shape.hidden_size, model.dtype, self._device)
         self._routers = [layer.mlp.router for layer in model.layers if isinstance(layer.mlp, MoEMLP)]
-        self._costs = TimedCosts(self.host, model.shape.hidden_size, model.dtype, self._device)
-        flat = [[1.0] * self.host.num_experts] * self.host.num_layers
-        self.store.load(seam.ask(lambda p: p.initial(popularity or flat, self.store.num_slots), unchecked))
+        self._calls = ExpertCalls(seam, costs, host.num_layers, host.num_experts, self.store)
+        self._calls.load(popularity or [[1.0] * host.num_experts] * host.num_layers)
         self.copies.take_moves()
 
     def close(self) -> None:
@@ -206,8 +200,11 @@ class ExpertOffload:
     def run(self, layer: int, x: Tensor, router_logits: Tensor, top_k: int, renormalize: bool, act: str) -> Tensor:
         """`reference.moe` of a layer's experts, x [T, d] -> [T, d], wherever they are."""
         weights, experts = reference.route(router_logits, top_k, renormalize)
-        view = self._view(layer, _uses(weights, experts), self._guess(layer, x, top_k))
-        chosen = self._seam.ask(lambda p: p.place(view), lambda answer: checked_routing(answer, view))
+        if layer == 0:  # a step that failed in the middle must not hold on to anything
+            self._deferred = []
+            self.store.unpin()
+        view = self._calls.look(layer, _uses(weights, experts), self._guess(layer, x, top_k))
+        chosen = self._calls.place(view)
         token_of = {use.expert: torch.where(experts == use.expert) for use in view.uses}
         on_cpu = {e: self._submit(layer, e, x[token_of[e][0]], act) for e in token_of if chosen[e] in ("cpu", "defer")}
         here = self._on_device(view, [e for e in token_of if e not in on_cpu], chosen, x, token_of, act)
@@ -219,31 +216,13 @@ class ExpertOffload:
             else:
                 out = here[expert] if expert in here else on_cpu[expert].result().to(x.device)
                 y.index_add_(0, token, out.float() * weight)
-        self._record(view, chosen)
+        self._dispatches.append(told(layer, chosen))
         return y.to(x.dtype)
-
-    def _view(self, layer: int, uses: tuple[ExpertUse, ...], guess: tuple[ExpertUse, ...]) -> RoutingView:
-        self.store.tick += 1
-        blank = (0,) * self.host.num_experts
-        if layer == 0:
-            self._step += 1
-            if self._counts:
-                self._past.append(tuple(self._counts))
-            self._counts = [blank] * self.host.num_layers
-            self._deferred = []
-            self.store.unpin()  # a step that failed in the middle must not hold on to anything
-        tokens = {use.expert: use.num_tokens for use in uses}
-        self._counts[layer] = tuple(tokens.get(expert, 0) for expert in range(self.host.num_experts))
-        return RoutingView(self._step, layer, self.host.num_layers, uses, self.store.of_layer(layer), self.store.num_slots,
-                           guess, tuple(self._counts), tuple(self._past), self._costs)  # fmt: skip
 
     def _guess(self, layer: int, x: Tensor, top_k: int) -> tuple[ExpertUse, ...]:
         if layer + 1 >= len(self._routers):
             return ()
         return _uses(*reference.route(self._routers[layer + 1](x), top_k, True))
-
-    def _score(self, view: RoutingView) -> Callable[[UnitView, ExpertId], Key]:
-        return lambda unit, incoming: self._seam.ask(lambda p: checked_key(p.score(unit, incoming, view)), unchecked)
 
     def _submit(self, layer: int, expert: int, x: Tensor, act: str) -> Future[Tensor]:
         return self._worker.submit(self._compute_on_cpu, ExpertId(layer, expert), x.to("cpu"), act)
@@ -262,13 +241,13 @@ class ExpertOffload:
         out: dict[int, Tensor] = {}
         waiting: list[int] = []
         for expert in [expert for expert in wanted if expert not in there]:
-            while self.store.bring(units[expert], "demand", self._score(view)) is None:
+            while self._calls.bring(units[expert], "demand", view) is None:
                 done = there.pop() if there else waiting.pop(0)  # all slots are in use: finish one of them
                 out[done] = self._finish(units[done], x[token_of[done][0]], act, chosen[done] == "stream")
             self.store.pin(units[expert])
             waiting.append(expert)
-        for unit in self._seam.ask(lambda p: p.prefetch(view), unchecked):
-            self.store.bring(unit, "prefetch", self._score(view))
+        for unit in self._calls.prefetch(view):
+            self._calls.bring(unit, "prefetch", view)
         for expert in [*there, *waiting]:
             out[expert] = self._finish(units[expert], x[token_of[expert][0]], act, chosen[expert] == "stream")
         return out
@@ -291,12 +270,6 @@ class ExpertOffload:
             y.index_add_(0, late.token, late.result.result().to(x.device).float() * late.weight)
         self._deferred = []
         return y
-
-    def _record(self, view: RoutingView, chosen: Mapping[int, str]) -> None:
-        def those(*places: str) -> tuple[int, ...]:
-            return tuple(expert for expert, where in chosen.items() if where in places)
-
-        self._dispatches.append(ExpertDispatch(view.layer, those("device"), those("fetch", "stream"), those("cpu"), those("defer")))
 
 
 def _uses(weights: Tensor, experts: Tensor) -> tuple[ExpertUse, ...]:

@@ -16,10 +16,11 @@ from llmlab.execution.base import Row, StepBatch, Ticket
 from llmlab.execution.cost import rows_of
 from llmlab.execution.expert_timeline import Dispatch, ExpertStage, Host, LayerWork, RooflineExperts
 from llmlab.execution.sim_executor import LayeredCost, SimExecutor, SimTicket, TokenSource
-from llmlab.execution.timelines import Timelines, busy
+from llmlab.execution.timelines import busy
+from llmlab.scheduling.expert_calls import told
 from llmlab.scheduling.seamcalls import Seam
 from llmlab.seams import WeightPlacement
-from llmlab.types import ConfigError, Durations, ExpertDispatch, ResourceSpan, WeightMove, WorkItem
+from llmlab.types import ConfigError, Durations, ResourceSpan, WeightMove, WorkItem
 from llmlab.workloads.routing import RoutingTrace
 from roofline.cost import CostModel
 from roofline.hardware import Hardware
@@ -51,33 +52,32 @@ class ExpertSimExecutor(SimExecutor):
                  *, price: RooflineExperts, trace: RoutingTrace, seam: Seam[WeightPlacement], num_slots: int) -> None:  # fmt: skip
         super().__init__(cost, tokens, clock, description, block_size)
         self._price, self._trace = price, trace
-        self._timelines = Timelines()
         self._stage = ExpertStage(seam, price, trace.num_layers, num_slots, self._timelines, trace.popularity())
         self._dispatches: list[Dispatch] = []
-        self._steps = 0
+        self._happened = self._stage.take()
 
     def submit(self, batch: StepBatch) -> Ticket:
-        self._dispatches, fetches, spans = [], len(self._stage.mover.fetches), len(self._stage.mover.spans)
+        self._dispatches = []
         ticket = super().submit(batch)
         assert isinstance(ticket, SimTicket)
-        copied = zip(self._stage.mover.fetches[fetches:], self._stage.mover.spans[spans:], strict=True)
+        done = self._happened
         moves = tuple(WeightMove(f.unit.layer, f.unit.expert, f.reason, int(self._price.num_bytes), span.end - span.start,
-                                 f.evicted, f.unused) for f, span in copied)  # fmt: skip
-        told = tuple(map(_told, self._dispatches))
-        return ticket._replace(value=msgspec.structs.replace(ticket.value, experts=told, weight_moves=moves))
+                                 f.evicted, f.unused) for f, span in zip(done.fetches, done.copies, strict=True))  # fmt: skip
+        dispatches = tuple(told(one.work.layer, one.chosen) for one in self._dispatches)
+        return ticket._replace(value=msgspec.structs.replace(ticket.value, experts=dispatches, weight_moves=moves))
 
     def start(self) -> float | None:
         """No leaps: what a step takes depends on which experts it finds."""
         return None
 
     def _place_step(self, batch: StepBatch, now: float, start: float) -> tuple[tuple[ResourceSpan, ...], Durations]:
-        stage, first, copied = self._stage, len(self._stage.spans), len(self._stage.mover.spans)
         swapped = sum(len(move.src) for move in batch.plan.moves if move.kind != "copy")
         at = start + (self._cost.swap(swapped).seconds if swapped else 0.0)
         if batch.plan.items:
             at = self._through_layers([row.item for row in batch.rows], self._taken(batch.rows), at)
         self._busy_until = self._timelines.free["device"] = at
-        spans = tuple(sorted([*stage.spans[first:], *stage.mover.spans[copied:]], key=lambda span: span.start))
+        self._happened = self._stage.take()
+        spans = self._happened.all_spans
         return spans, Durations(at - start, parts=busy(spans))
 
     def _through_layers(self, items: Sequence[WorkItem], rows: Sequence[int], at: float) -> float:
@@ -85,10 +85,9 @@ class ExpertSimExecutor(SimExecutor):
         for layer in range(self._trace.num_layers):
             span = self._timelines.place("device", at, parts.layer, f"attention {layer}")
             self._stage.spans.append(span)
-            work = LayerWork(self._steps, layer, self._trace.uses(rows, layer), self._trace.guesses(rows, layer))
+            work = LayerWork(layer, self._trace.uses(rows, layer), self._trace.guesses(rows, layer))
             self._dispatches.append(self._stage.run(work, span.end))
             at = self._dispatches[-1].end
-        self._steps += 1
         edges = self._timelines.place("device", max(at, self._stage.deferred), parts.edges, "vocabulary")
         self._stage.spans.append(edges)
         return edges.end
@@ -102,9 +101,3 @@ class ExpertSimExecutor(SimExecutor):
             found += [begin + position % length for position in range(*row.item.tokens)]
         return found
 
-
-def _told(done: Dispatch) -> ExpertDispatch:
-    def those(*places: str) -> tuple[int, ...]:
-        return tuple(expert for expert, where in done.chosen.items() if where in places)
-
-    return ExpertDispatch(done.work.layer, those("device"), those("fetch", "stream"), those("cpu"), those("defer"))

@@ -9,7 +9,7 @@ keeps every unit, so that leaving costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Generic, Literal, Protocol, TypeVar
 
 import msgspec
@@ -88,7 +88,7 @@ class WeightStore(Generic[T]):
         """The slot of a unit that is there or on its way."""
         return self._slots[unit]
 
-    def load(self, units: Iterable[ExpertId]) -> None:
+    def load(self, units: Sequence[ExpertId]) -> None:
         """Bring units before the run, as many as fit."""
         for unit in units:
             if unit not in self._slots and self._empty:

@@ -21,6 +21,7 @@ from llmlab.seams import (
     Admit,
     DraftLengths,
     EngineView,
+    ExpertId,
     Limits,
     Offers,
     Placed,
@@ -238,6 +239,16 @@ def checked_routing(answer: Mapping[int, Where], view: RoutingView) -> Mapping[i
         if where == "defer" and last:
             raise PolicyError("place", where, "there is no layer after the last one", "Answer 'cpu'.")
     return answer
+
+
+def checked_units(answer: Sequence[ExpertId], num_layers: int, num_experts: int) -> Sequence[ExpertId]:
+    """Experts that the model has."""
+    units = [ExpertId(*unit) for unit in answer]
+    for unit in units:
+        if not (0 <= unit.layer < num_layers and 0 <= unit.expert < num_experts):
+            raise PolicyError("prefetch", tuple(unit), f"is no expert of {num_layers} layers with {num_experts} each",
+                              "Return ExpertId(layer, expert).")  # fmt: skip
+    return units
 
 
 def unchecked(answer: A) -> A:

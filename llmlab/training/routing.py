@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,14 +63,8 @@ def listen(model: Transformer) -> list[list[Taken]]:
     for number, (index, layer) in enumerate(mixtures):
         assert isinstance(layer.mlp, MoEMLP)
         ear = Listening(layer.mlp.experts, routers, number, heard)
-        model.layers[index] = _with_mlp(layer, MoEMLP(layer.mlp.router, ear))
+        model.layers[index] = replace(layer, mlp=MoEMLP(layer.mlp.router, ear))
     return heard
-
-
-def _with_mlp(layer: Any, mlp: MoEMLP) -> Any:
-    from dataclasses import replace
-
-    return replace(layer, mlp=mlp)
 
 
 def record(model: str, num_sequences: int, max_tokens: int, seed: int = 0) -> RoutingTrace:

@@ -219,14 +219,15 @@ def test_an_expert_is_not_computed_before_it_arrives() -> None:
     timelines = Timelines()
     stage = ExpertStage(Seam("weights", LRU(), LRU(), EventLog(VirtualClock()), math.inf), mixtral(DESKTOP), 2, 4, timelines,
                         [[0.5] * EXPERTS] * 2)  # fmt: skip
-    work = LayerWork(0, 0, (ExpertUse(5, 1, 0.5), ExpertUse(6, 3, 0.5)))
-    done = stage.run(work, 1.0)
-    arrivals = {s.op.split()[1]: s.end for s in stage.all_spans() if s.resource == "h2d"}
-    computed = {s.op.split()[1]: s.start for s in stage.spans if s.resource == "device"}
+    work = LayerWork(0, (ExpertUse(5, 1, 0.5), ExpertUse(6, 3, 0.5)))
+    done, happened = stage.run(work, 1.0), stage.take()
+    arrivals = {s.op.split()[1]: s.end for s in happened.copies}
+    computed = {s.op.split()[1]: s.start for s in happened.spans if s.resource == "device"}
     assert set(arrivals) == set(computed) == {"0.5", "0.6"}
     assert all(computed[unit] >= arrivals[unit] > 1.0 for unit in arrivals)
     assert arrivals["0.6"] < arrivals["0.5"], "the expert that more tokens wait for comes first"
-    assert done.end == max(s.end for s in stage.spans)
+    assert done.end == max(s.end for s in happened.spans)
+    assert not any(stage.take()), "what was taken is not told again"
 
 
 def rates(policy: str, trace: RoutingTrace, slots: int, host: Host = SERVER, batch: int = 1, steps: int = 60) -> float:
@@ -294,7 +295,7 @@ def test_a_faster_link_never_slows_a_run() -> None:
 
 
 # ---------------------------------------------------------------------------------- whole runs
-def offloaded(weights: str, **fields: object) -> Run:
+def offloaded(weights: object, **fields: object) -> Run:
     config = EngineConfig(model="mixtral-8x7b", executor="sim", hardware="a10", weights=weights, num_expert_slots=48, log_level=4,
                           max_num_batched_tokens=256, **fields)  # type: ignore[arg-type]  # fmt: skip
     return run(config, Workload.poisson(rate=0.5, n=4, prompt=40, output=6, seed=0))
@@ -327,3 +328,18 @@ def test_what_does_not_go_together_is_refused() -> None:
         run(config, Workload.poisson(rate=1, n=1, prompt=4, output=2))
     with pytest.raises(ConfigError, match="fork"):
         offloaded("lru").fork(at=2, victim="most_blocks")
+
+
+class Dreamer(LRU):
+    """Wants an expert that the model does not have."""
+
+    name = "dreamer"
+
+    def prefetch(self, view: RoutingView) -> list[ExpertId]:
+        return [ExpertId(view.layer, 99)]
+
+
+def test_a_dream_is_refused_and_the_run_goes_on() -> None:
+    done = offloaded(Dreamer())
+    assert len(done.requests) == 4 and all(event.expert < 8 for event in done.events("ExpertFetched"))
+    assert "is no expert of 32 layers" in done.events("PolicyFailed")[0].error
