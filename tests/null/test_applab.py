@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def page_through(cookie: str) -> tuple[bytes, dict[bytes, bytes], dict[bytes, by
         sent.append(message)
 
     scope = {"type": "http", "headers": [(b"cookie", cookie.encode()), (b"if-none-match", b"tag")]}
-    asyncio.run(serving.Themed(app)(scope, None, send))
+    with ThreadPoolExecutor(1) as fresh:  # a loop that a browser test left running in this thread must not be in the way
+        fresh.submit(asyncio.run, serving.Themed(app)(scope, None, send)).result()
     return b"".join(m.get("body", b"") for m in sent), dict(sent[0]["headers"]), asked
 
 
