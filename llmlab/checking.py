@@ -7,6 +7,7 @@ reproducible  other processes, with other hash seeds, answer the same
 order-blind   listing the same requests in another order changes no choice
 fair          in a simulated run an old request ends in time, although newer ones never stop coming
 quick         microseconds for a call, and none beyond what the engine allows
+finite        every call comes back: one that does not is interrupted, and nothing else is asked of that policy
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice, pairwise
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -43,15 +44,19 @@ from llmlab.events import catalog as ev
 from llmlab.registry import policy_name
 from llmlab.running import Feed
 from llmlab.scheduling import seamcalls
+from llmlab.scheduling.watchdog import Overrun, Watchdog
 from llmlab.seams import BlockView, EngineView, Limits, Offers, RequestView
 from llmlab.sweeping import pack
 from llmlab.types import ConfigError, PolicyError, unknown_name
 from llmlab.workloads.source import Finished, TimedRequest
 from llmlab.workloads.workload import Workload
 
+A = TypeVar("A")
 PATIENCE = 5.0  # how many times later than under the default policies an old request may end
 STREAM = 500  # newer requests in the simulated run
 ROUNDS, CALLS = 5, 250  # to see whether memory grows
+LONGEST_WAIT = 10.0  # seconds that a call may sleep
+INTERRUPTED = 5  # calls of a simulated run that must be interrupted before it is given up
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -91,8 +96,16 @@ def check(policy: Any, seam: str | None = None, *, patience: float = PATIENCE, t
             "patience", patience, "must be a positive number of times", "5 is usual, math.inf forgives all."
         )
     subject = _subject(policy, seam)
-    ask = _Asking(subject)
     allowed = EngineConfig().policy_timeout if timeout is None else timeout
+    try:
+        return _examined(subject, patience, allowed)
+    except Endless as found:
+        return Report(policy_name(subject.policy), subject.seam, (str(found),), ("nothing more was asked of it.",), {}, 0)
+
+
+def _examined(subject: Subject, patience: float, allowed: float) -> Report:
+    """Raises Endless."""
+    ask = _Asking(subject, allowed)
     cases, answers = ask.first_pass()
     notes: list[str] = []
     failures = [
@@ -220,12 +233,17 @@ class Answer(NamedTuple):
         return self.error or self.value
 
 
-class _Asking:
-    """Puts questions to a policy as the engine would."""
+class Endless(Exception):
+    """A call did not come back and was interrupted. Its text is the sentence of the report."""
 
-    def __init__(self, subject: Subject, seed: int = 0) -> None:
-        self.subject, self._seed = subject, seed
+
+class _Asking:
+    """Puts questions to a policy as the engine would. Whoever asks gets `Endless` if a call must be interrupted."""
+
+    def __init__(self, subject: Subject, allowed: float, seed: int = 0) -> None:
+        self.subject, self._seed, self.allowed = subject, seed, allowed
         self.seam = SEAMS[subject.seam]
+        self._watchdog = Watchdog(allowed, LONGEST_WAIT)
 
     def cases(self) -> list[Case]:
         """All questions; equal but fresh objects at every call."""
@@ -235,12 +253,24 @@ class _Asking:
         began = time.thread_time()
         value, error = None, ""
         try:
-            value = self.seam.plain(getattr(self.subject.policy, self.seam.method)(*case.args), case.args)
+            value = self.guarded(lambda: self.seam.plain(getattr(self.subject.policy, self.seam.method)(*case.args), case.args), case)
+        except Endless:
+            raise
         except PolicyError as nonsense:
             error = f"answers nonsense: {nonsense}"
         except (Exception, SystemExit) as raised:  # a policy may raise anything
             error = f"raises {type(raised).__name__}: {raised}"
         return Answer(value, error, time.thread_time() - began)
+
+    def guarded(self, call: Callable[[], A], case: Case) -> A:
+        """What `call` gives, if it comes back. Raises Endless."""
+        began = time.thread_time()
+        try:
+            return self._watchdog.call(call)
+        except Overrun:
+            spent = time.thread_time() - began
+            raise Endless(f"{self.seam.method}() does not come back: it was interrupted after {spent:.2g} s of CPU for "
+                          f"{case.name or 'a view'}, the engine allows {self.allowed:g} s.") from None  # fmt: skip
 
     def first_pass(self) -> tuple[list[Case], list[Answer]]:
         cases = self.cases()
@@ -261,12 +291,16 @@ class _Asking:
     def _seconds(self, case: Case) -> float:
         """Of the call alone; an answer that is made while it is read (a generator) is read to its end."""
         method = getattr(self.subject.policy, self.seam.method)
-        began = time.perf_counter()
-        with suppress(Exception, SystemExit):
-            answer = method(*case.args)
-            if isinstance(answer, Iterator):
-                deque(answer, maxlen=0)
-        return time.perf_counter() - began
+
+        def call() -> float:
+            began = time.perf_counter()
+            with suppress(Exception, SystemExit):
+                answer = method(*case.args)
+                if isinstance(answer, Iterator):
+                    deque(answer, maxlen=0)
+            return time.perf_counter() - began
+
+        return self.guarded(call, case)
 
 
 # -------------------------------------------------------------------------------------------- checks
@@ -448,13 +482,14 @@ def _one_round(ask: _Asking, views: Views) -> None:
     while made < CALLS:
         for args in views.questions(ask.subject.seam, views.view(1, 1)):
             ask.answer(Case("", args))
-            _observe(ask.subject, args)
+            _observe(ask, args)
             made += 1
 
 
-def _observe(subject: Subject, args: tuple[Any, ...]) -> None:
-    if subject.seam == "length_model" and callable(getattr(subject.policy, "observe", None)):
-        subject.policy.observe(args[0].request, args[0].request.metadata["output_len"])
+def _observe(ask: _Asking, args: tuple[Any, ...]) -> None:
+    observe = getattr(ask.subject.policy, "observe", None)
+    if ask.subject.seam == "length_model" and callable(observe):
+        ask.guarded(lambda: observe(args[0].request, args[0].request.metadata["output_len"]), Case("what it observes", args))
 
 
 # ----------------------------------------------------------------------------------- other processes
@@ -464,7 +499,7 @@ _CHILD = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from 
 def _elsewhere(ask: _Asking, cases: Sequence[Case], answers: Sequence[Answer], notes: list[str]) -> list[str]:
     """Ask the same in two fresh processes with hash seeds of their own."""
     try:
-        question = pickle.dumps(sys.path) + pickle.dumps(ask.subject.seam) + pack(ask.subject.policy)
+        question = pickle.dumps(sys.path) + pickle.dumps((ask.subject.seam, ask.allowed)) + pack(ask.subject.policy)
     except ConfigError as error:
         notes.append(f"it was not asked in other processes: {error.problem}.")
         return []
@@ -478,6 +513,9 @@ def _elsewhere(ask: _Asking, cases: Sequence[Case], answers: Sequence[Answer], n
             notes.append(f"it was not asked in the process with PYTHONHASHSEED={seed}: {last[:200]}.")
             continue
         there = json.loads(out)
+        if isinstance(there, str):
+            failures.append(f"in another process (PYTHONHASHSEED={seed}) {there}")
+            continue
         index = next((i for i, (a, b) in enumerate(zip(here, there)) if a != b), None)
         if index is not None:
             failures.append(f"another process (PYTHONHASHSEED={seed}) decides otherwise: for {cases[index].name} "
@@ -494,9 +532,13 @@ def _start_child(seed: int) -> subprocess.Popen[bytes]:
 def elsewhere() -> None:
     """The other end of `_elsewhere`: a policy from stdin, its answers as a line of JSON to stdout."""
     out, sys.stdout = sys.stdout, sys.stderr  # the policy may print
-    seam, policy = pickle.load(sys.stdin.buffer), pickle.load(sys.stdin.buffer)
-    _, answers = _Asking(Subject(policy, seam)).first_pass()
-    out.write(json.dumps([_comparable(answer) for answer in answers]))
+    (seam, allowed), policy = pickle.load(sys.stdin.buffer), pickle.load(sys.stdin.buffer)
+    try:
+        _, answers = _Asking(Subject(policy, seam), allowed).first_pass()
+        said: Any = [_comparable(answer) for answer in answers]
+    except Endless as found:
+        said = str(found)
+    out.write(json.dumps(said))
     out.flush()
 
 
@@ -543,6 +585,8 @@ def _starvation(subject: Subject, patience: float) -> list[str]:
     usual = _ran({})
     try:
         got = _ran({subject.seam: subject.policy})
+    except Endless as found:
+        return [str(found)]
     except (Exception, SystemExit) as error:  # past the engine's guard: what no run survives
         return [f"a simulated run ended with {type(error).__name__}: {_short(str(error))}."]
     failures = []
@@ -563,7 +607,7 @@ def _ran(policies: Mapping[str, Any]) -> _Ran:
     with Engine(EngineConfig(**{**_NARROW, **policies})) as engine:
         feed = Feed(engine, _Stream(engine.model.vocab_size))
         overtaken: dict[str, int] = {}
-        ended = 0
+        ended, failures, interrupted = 0, engine.log.cursor(), 0
         while feed.pour():
             for output in engine.step():
                 feed.take(output)
@@ -571,6 +615,9 @@ def _ran(policies: Mapping[str, Any]) -> _Ran:
                     overtaken[output.request_id] = ended
                 elif output.finished:
                     ended += 1
+            interrupted += sum(isinstance(e, ev.PolicyFailed) and e.error.startswith("interrupted") for e in failures.read())
+            if interrupted >= INTERRUPTED:
+                raise Endless(f"in a simulated run its calls do not come back: {interrupted} were interrupted, then the run was given up.")
         e2e = [engine.metrics.requests[name].e2e or 0.0 for name in _PROBES]
         return _Ran(e2e, [overtaken[name] for name in _PROBES], engine.log.filter(ev.PolicyFailed))
 

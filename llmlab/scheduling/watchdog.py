@@ -2,12 +2,14 @@
 
 While a foreign policy is asked, a thread looks at the clock; once the asking thread has spent far more than
 allowed, on the wall and on the CPU, it raises `Overrun` there. Python delivers it between two byte codes, so a
-loop of Python ends; a call that never returns from C does not. Nobody watches while nobody is asked.
+loop of Python ends; a call that never returns from C does not. Nobody watches while nobody is asked. Who only waits
+is left alone, unless a longest wait was named.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -35,10 +37,16 @@ class _Asked(NamedTuple):
 
 
 class Watchdog:
-    """Bounds calls to about FAR times `allowed` seconds. One call at a time."""
+    """Bounds calls to about FAR times `allowed` seconds. One call at a time.
 
-    def __init__(self, allowed: float) -> None:
+    `longest_wait`: seconds after which a call is interrupted although it took no time of the CPU. They are counted in
+    looks, so time in which the whole process stood still is not held against anybody.
+    """
+
+    def __init__(self, allowed: float, longest_wait: float = math.inf) -> None:
         self.limit = max(LEAST, FAR * allowed)
+        self._pause = min(LONGEST, self.limit / LOOKS)
+        self._most_looks, self._looks = longest_wait / self._pause, 0
         self._lock = threading.Lock()
         self._asked: _Asked | None = None
         self._raised = False
@@ -62,7 +70,7 @@ class Watchdog:
         cpu_clock = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else None
         asked = _Asked(thread, time.monotonic() + self.limit, cpu_clock, time.thread_time() + self.limit)
         with self._lock:
-            self._asked, self._idle = asked, 0
+            self._asked, self._idle, self._looks = asked, 0, 0
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="llmlab-watchdog", daemon=True)
                 self._thread.start()
@@ -77,14 +85,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            time.sleep(min(LONGEST, self.limit / LOOKS))
+            time.sleep(self._pause)
             with self._lock:
+                self._looks += 1
                 if self._asked is None:
                     self._idle += 1
                     if self._idle > PATIENCE:
                         self._thread = None
                         return
-                elif _overdue(self._asked):
+                elif self._looks >= self._most_looks or _overdue(self._asked):
                     self._raised = True
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._asked.thread), ctypes.py_object(Overrun))
 

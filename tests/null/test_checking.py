@@ -297,6 +297,68 @@ def test_a_policy_that_overruns_is_named_with_its_time(quick: None, monkeypatch:
     assert report.microseconds[8] >= 2900
 
 
+def _for_ever(self: Any, *args: Any) -> Any:
+    while True:
+        try:
+            for _ in iter(int, 1):
+                pass
+        except Exception:
+            pass
+
+
+def _sleeps(self: Any, *args: Any) -> Any:
+    while True:
+        time.sleep(0.01)
+
+
+def _ends_rarely(self: Any, request: RequestView, now: float) -> Any:
+    return 0 if len(request.request.metadata) < 1 else _for_ever(self)
+
+
+class Learner(Lengths):
+    def observe(self, request: Request, num_output_tokens: int) -> None:
+        _for_ever(self)
+
+
+ENDLESS: dict[str, tuple[Any, str]] = {
+    "always": (guilty(_Ordering, _for_ever), r"key\(\) does not come back: it was interrupted after 0\.\d+ s of CPU for .*allows 0.02 s"),
+    "composing": (guilty(_Composer, _for_ever), r"compose\(\) does not come back"),
+    "sometimes": (guilty(_Ordering, _ends_rarely), r"key\(\) does not come back"),
+    "sleeping": (guilty(_Tiering, _sleeps), r"choose\(\) does not come back"),
+    "learning": (Learner(), "does not come back: .* for what it observes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("crime", ENDLESS)
+def test_a_policy_that_never_ends_is_answered_with_a_sentence(crime: str, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, "LONGEST_WAIT", 0.2)
+    policy, pattern = ENDLESS[crime]
+    report = llmlab.check(policy, timeout=0.02)
+    assert len(report.failures) == 1 and re.search(pattern, report.failures[0]), str(report)
+    assert "nothing more was asked" in str(report) and not report.ok
+
+
+class EndlessElsewhere(_Ordering):
+    """Comes back only where strings hash as they do here."""
+
+    def __init__(self) -> None:
+        self.home = hash("llmlab")
+
+    def key(self, request: RequestView, now: float) -> Any:
+        return request.arrival if hash("llmlab") == self.home else _for_ever(self)
+
+
+def test_a_policy_that_never_ends_elsewhere_or_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(checking, "_starvation", lambda *args: [])
+        report = llmlab.check(EndlessElsewhere(), timeout=0.02)
+    assert any(re.search("in another process .* does not come back", f) for f in report.failures), str(report)
+    monkeypatch.setattr(checking, "_elsewhere", lambda *args: [])
+    monkeypatch.setattr(checking, "_NARROW", {**checking._NARROW, "policy_timeout": 0.02})
+    report = llmlab.check(guilty(_Ordering, lambda self, r, now: 0 if not r.metadata or "tags" in r.metadata else _for_ever(self)))
+    assert any("in a simulated run its calls do not come back" in f for f in report.failures), str(report)
+
+
 def test_a_length_model_that_is_none(quick: None) -> None:
     class Mute:
         def sample(self, request: RequestView, quantile: float) -> float:
