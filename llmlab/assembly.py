@@ -484,7 +484,7 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, log: EventLo
     line = device_line(backend.loaded) if _all_on_device(config, backend) else None
     cache = _kv_cache(config, backend.loaded, num_blocks, num_host_blocks, line)
     speculation = real_speculation(config, setup._replace(kv_layers=cache.layers), config.kernels)
-    drafter = Drafter(speculation.source, vocab_size, trees=False) if speculation is not None else None
+    drafter = Drafter(speculation.source, vocab_size) if speculation is not None else None
     if line is not None:
         from llmlab.execution.stream_executor import StreamExecutor
 

@@ -379,10 +379,14 @@ class DraftContext(msgspec.Struct, frozen=True):
 
 class Proposal(msgspec.Struct, frozen=True):
     """Drafts of one request, at most `k`. A tree has `parents`, one per draft: the index of the draft that it follows,
-    -1 for the request's last token; a parent comes before its children."""
+    -1 for the request's last token; a parent comes before its children.
+
+    `odds`, for rejection sampling: of each draft the probabilities [vocab_size] (numpy, float64) that it was drawn from, given
+    all drafts before it; None, as for all drafts if `odds` is empty: it was not drawn but chosen."""
 
     token_ids: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
+    odds: tuple[Any, ...] = ()
 
 
 @runtime_checkable

@@ -63,11 +63,24 @@ def parents_of(item: WorkItem) -> tuple[int, ...]:
     return item.parents or tuple(range(-1, len(item.drafts) - 1))
 
 
+def branches(item: WorkItem) -> bool:
+    """Whether its drafts are a tree and not just a chain."""
+    return item.mask == "tree" and item.parents != tuple(range(-1, len(item.parents) - 1))
+
+
 def depths(item: WorkItem) -> list[int]:
     """How far each draft lies behind the last committed token, from 1 on."""
     found: list[int] = []
     for parent in parents_of(item):
         found.append(1 if parent < 0 else 1 + found[parent])
+    return found
+
+
+def lineages(parents: Sequence[int]) -> list[int]:
+    """For each node of a tree a number whose bit j is set for its ancestors j and for itself."""
+    found: list[int] = []
+    for i, parent in enumerate(parents):
+        found.append((found[parent] if parent >= 0 else 0) | 1 << i)
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from llmlab.execution.base import Row
+from llmlab.kernels.attention_plan import MAX_NODES
 from llmlab.seams import DraftContext, DraftSource, Proposal
 from llmlab.types import ItemResult, PolicyError
 
@@ -14,8 +15,8 @@ from llmlab.types import ItemResult, PolicyError
 class Drafter:
     """A guarded source. Drafts never change answers, so whatever it does wrong costs its drafts and nothing else."""
 
-    def __init__(self, source: DraftSource, vocab_size: int, trees: bool = True) -> None:
-        self._source, self._vocab_size, self._trees = source, vocab_size, trees
+    def __init__(self, source: DraftSource, vocab_size: int) -> None:
+        self._source, self._vocab_size = source, vocab_size
 
     def extend(self, rows: Sequence[Row], results: Sequence[ItemResult], known: Callable[[Row, ItemResult], Sequence[int]]
                ) -> tuple[ItemResult, ...]:  # fmt: skip
@@ -42,8 +43,6 @@ class Drafter:
             return msgspec.structs.replace(result, draft_error=str(error))
         if not checked.token_ids:
             return result
-        if checked.parents and not self._trees:
-            return msgspec.structs.replace(result, draft_error="this executor verifies chains only, no trees")
         return msgspec.structs.replace(result, drafts=checked.token_ids, parents=checked.parents)
 
 
@@ -72,4 +71,6 @@ def checked_proposal(proposal: Proposal, k: int, vocab_size: int) -> Proposal:
             raise PolicyError("propose", token, f"is outside the vocabulary of {vocab_size} tokens")
     if parents and (len(parents) != len(tokens) or any(not -1 <= p < i for i, p in enumerate(parents))):
         raise PolicyError("propose", parents, "must name one earlier draft, or -1, for each draft")
+    if parents and len(tokens) > MAX_NODES:
+        raise PolicyError("propose", len(tokens), f"drafts are more than the {MAX_NODES} nodes that a tree may have")
     return Proposal(tokens, () if parents == tuple(range(-1, len(tokens) - 1)) else parents)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -17,14 +17,14 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from llmlab.decoding.sampler import Sampled, SampleRow, greedy, plain, prompt_logprobs, sample, sample_row
-from llmlab.decoding.speculative import parents_of, paths
+from llmlab.decoding.speculative import accepted_path, branches, depths, lineages, parents_of, paths
 from llmlab.execution.base import Done, Row, StepBatch, Ticket
 from llmlab.execution.drafting import Drafter
 from llmlab.execution.fixed import FixedPasses, Text
 from llmlab.execution.hybrid import Hybrid
 from llmlab.execution.offload import ExpertOffload, LayerWindow
 from llmlab.kernels import pages
-from llmlab.kernels.layout import AttentionMetadata
+from llmlab.kernels.layout import MAX_NODES, AttentionMetadata, TreeRow
 from llmlab.models.loader import LoadedModel
 from llmlab.types import Durations, ItemResult, Move, RequestError, Span, StepResult, TokenLogprobs, WorkItem
 
@@ -74,6 +74,15 @@ class KVCache:
             for device, host in ((k, hk), (v, hv)):
                 src, dst = (host, device) if move.kind == "swap_in" else (device, host)
                 self._kernels.copy_blocks(src, dst, pairs)
+
+    def rewrite(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV of single tokens within the device, (source slot, target slot) each; all are read before any is written."""
+        if not pairs:
+            return
+        size = self.layers[0][0].shape[2]
+        src, dst = torch.tensor(pairs, dtype=torch.int64, device=self._device).unbind(1)
+        for cache in (tensor for pair in self.layers for tensor in pair):
+            cache[dst // size, :, dst % size] = cache[src // size, :, src % size]
 
 
 class TorchExecutor:
@@ -191,7 +200,7 @@ class TorchExecutor:
             reason = self._unready(row)
             if reason is None and row.item.numerics == "fixed":
                 fixed.append(row)
-            elif reason is None and hybrid and (row.item.home == "cpu" or row.item.layers is None):
+            elif reason is None and hybrid and (row.item.home == "cpu" or (row.item.layers is None and not branches(row.item))):
                 both_tiers.append(row)
             elif reason is None:
                 groups.setdefault(row.item.layers, []).append(row)
@@ -218,6 +227,8 @@ class TorchExecutor:
             return self._lost[item.request]
         if len(self._known(row)) < item.tokens[1] - len(item.drafts):
             return "the step before it failed"
+        if branches(item) and (item.home == "cpu" or item.numerics == "fixed" or len(item.drafts) > MAX_NODES):
+            return f"a tree of {len(item.drafts)} drafts needs KV on the device, fast numerics and at most {MAX_NODES} nodes"
         return None if item.home == "cpu" or (item.layers is None and item.inputs == "ids") else self._misfit(item)
 
     def _misfit(self, item: WorkItem) -> str | None:
@@ -261,12 +272,13 @@ class TorchExecutor:
         ids: list[int] = []
         positions: list[int] = []
         device = self._model.device
-        for row, (start, stop) in zip(rows, spans, strict=True):
+        for row in rows:
             ids += self._ids(row)
-            positions += range(start, stop)
+            positions += _positions(row.item)
+        trees = [_tree(row.item) for row in rows] if any(branches(row.item) for row in rows) else ()
         meta = AttentionMetadata.build(
             [stop - start for start, stop in spans], [stop for _, stop in spans], [row.block_ids for row in rows],
-            self._block_size, device=device,
+            self._block_size, trees=trees, device=device,
         )  # fmt: skip
         given = torch.from_numpy(np.array([ids, positions])).to(device)
         prepared = time.perf_counter()
@@ -343,7 +355,9 @@ class TorchExecutor:
             sampled = [Sampled(token) for token in tokens] if min(tokens) >= 0 else ()
         found = iter(sampled or sample(logits, [r for row in emitting for r in self._sample_rows(row)]))
         by_request = {row.request.id: list(islice(found, 1 + len(row.item.drafts))) for row in emitting}
-        return tuple(failed.get(row.request.id) or self._item_result(row, by_request.get(row.request.id)) for row in rows)
+        results = tuple(failed.get(row.request.id) or self._item_result(row, by_request.get(row.request.id)) for row in rows)
+        self.cache.rewrite([pair for row, result in zip(rows, results) for pair in _displaced(row, result, self._block_size)])
+        return results
 
     def _append(self, row: Row, token: int) -> ItemResult:
         """The result of a row whose token is all that was asked for."""
@@ -395,3 +409,29 @@ def verified(item: WorkItem, sampled: Sequence[Sampled]) -> list[Sampled]:
         if at < 0 or sampled[at + 1].error is not None:
             return found
         found.append(sampled[at + 1])
+
+
+def _positions(item: WorkItem) -> Iterable[int]:
+    """Where its tokens stand in the text: a node of a tree as deep as it is, although its KV lies in a slot of its own."""
+    start, stop = item.tokens
+    if not branches(item):
+        return range(start, stop)
+    fork = stop - len(item.drafts)
+    return [*range(start, fork), *(fork + depth - 1 for depth in depths(item))]
+
+
+def _tree(item: WorkItem) -> TreeRow:
+    if not branches(item):
+        return TreeRow()
+    return TreeRow(item.tokens[1] - len(item.drafts), lineages(item.parents))
+
+
+def _displaced(row: Row, result: ItemResult, block_size: int) -> Iterator[tuple[int, int]]:
+    """(from, to): slots of the nodes that hold, whose KV does not lie where their position is."""
+    if not branches(row.item):
+        return
+    fork, table = row.item.tokens[1] - len(row.item.drafts), row.block_ids
+    for depth, node in enumerate(accepted_path(row.item, result.token_ids)):
+        if node != depth:
+            src, dst = (table[at // block_size] * block_size + at % block_size for at in (fork + node, fork + depth))
+            yield src, dst

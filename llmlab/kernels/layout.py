@@ -9,20 +9,38 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llmlab.kernels.attention_plan import MAX_NODES
 from llmlab.kernels.capability import KernelChoice
 from llmlab.types import LabError
 
-__all__ = ["HOST", "MASKS", "PLAN_FACTS", "AttentionMetadata", "AttentionState", "KernelChoice"]
+__all__ = ["HOST", "MASKS", "MAX_NODES", "PLAN_FACTS", "AttentionMetadata", "AttentionState", "KernelChoice", "TreeMask", "TreeRow"]
 
 MASKS = ("causal", "full")
 HOST = "lengths on the host"
 PLAN_FACTS = "what a log keeps of the step's attention plans"
+
+
+class TreeRow(NamedTuple):
+    """Of one row: its last positions, from `fork` on, hold the nodes of a tree, one per position, parents before children.
+
+    `seen`: for each of the row's last query tokens a number whose bit j tells that it sees node j: its ancestors, and itself.
+    A row without a tree: `TreeRow()`."""
+
+    fork: int = 0
+    seen: Sequence[int] = ()
+
+
+class TreeMask(NamedTuple):
+    """`forks [T]`, `seen [T]`, both int64: of each query token of the step what `TreeRow` says; seen = 0: no node."""
+
+    forks: Tensor
+    seen: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +57,8 @@ class AttentionMetadata:
     - `mask`: "causal": query i of row r, at position `seq_lens[r] - q_len[r] + i`, sees the KV
       positions up to its own; "full": it sees the whole row (blocks of a diffusion model, or the
       shared prefix of a cascade). A sliding window bounds the past in both.
+    - `tree`: rows that hold trees, under "causal" only. A node sees all positions before its row's fork and its own ancestors;
+      for a window its position is the fork plus its depth. Position and slot of a node differ: the caller rotates it by depth.
 
     `derived` is for kernel sets: what they compute once per step and share between the layers. Its entry
     HOST holds (cu_seqlens_q, seq_lens) as numpy arrays, so that planning never waits for a device; PLAN_FACTS
@@ -51,11 +71,14 @@ class AttentionMetadata:
     slot_mapping: Tensor
     max_seqlen_q: int
     mask: str = "causal"
+    tree: TreeMask | None = None
     derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
             raise LabError("mask", self.mask, "is not a mask", f"choose one of {', '.join(MASKS)}")
+        if self.tree is not None and self.mask != "causal":
+            raise LabError("mask", self.mask, "does not go with a tree", "choose causal")
         ints = {
             "cu_seqlens_q": self.cu_seqlens_q,
             "seq_lens": self.seq_lens,
@@ -99,12 +122,14 @@ class AttentionMetadata:
         block_size: int,
         *,
         mask: str = "causal",
+        trees: Sequence[TreeRow] = (),
         device: torch.device | str = "cpu",
     ) -> AttentionMetadata:
         """From plain lists, one entry per row; every block table covers `seq_lens[r]` positions.
 
         The new tokens of a row are its last `query_lens[r]` positions. Under "full" there may be more
-        queries than KV (a short prefix, seen by a longer chunk); those before the row get slot -1.
+        queries than KV (a short prefix, seen by a longer chunk); those before the row get slot -1. `trees`: one per row,
+        or none.
         """
         num_q, lens = np.asarray(query_lens, np.int64), np.asarray(seq_lens, np.int64)
         longest = max(query_lens, default=0)
@@ -129,9 +154,22 @@ class AttentionMetadata:
             slot_mapping=tensor(slots),
             max_seqlen_q=int(longest),
             mask=mask,
+            tree=_tree_mask(trees, query_lens, device) if any(tree.seen for tree in trees) else None,
         )
         meta.derived[HOST] = (starts, lens)
         return meta
+
+
+def _tree_mask(trees: Sequence[TreeRow], query_lens: Sequence[int], device: torch.device | str) -> TreeMask:
+    """Forks and seen nodes of all query tokens."""
+    forks, seen = [], []
+    for tree, count in zip(trees, query_lens, strict=True):
+        if len(tree.seen) > count or max(tree.seen, default=0) >> MAX_NODES:
+            raise LabError("trees", len(tree.seen), f"nodes do not fit {count} query tokens and trees of {MAX_NODES} nodes")
+        forks += [tree.fork] * count
+        seen += [0] * (count - len(tree.seen)) + list(tree.seen)
+    both = torch.from_numpy(np.array([forks, seen], np.int64)).to(device)
+    return TreeMask(both[0], both[1])
 
 
 def _slots(num_q: np.ndarray, lens: np.ndarray, tables: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from llmlab.kernels.attention_plan import (
     CHUNK,
     GATHER_ROWS,
+    MAX_NODES,
     PARTIAL,
     ROW,
     SEGMENT,
@@ -152,14 +153,19 @@ def score(a, tiles, rows, count):
 
 
 @compiled("contract", "reassoc", "nnan", "nsz")
-def soften(scores, low, high, softcap, top):
-    """Scores low..high (others are unseen) to exp(score - new maximum); returns (new maximum, sum)."""
+def soften(scores, low, high, fork, nodes, softcap, top):
+    """Scores low..high (others are unseen) to exp(score - new maximum); returns (new maximum, sum). `nodes`: bit j tells
+    whether position fork + j is seen, too, if it is not 0."""
     if softcap > 0:
         for i in range(CHUNK):
             put(scores, i, softcap * tanh(get(scores, i) / softcap))
     if low > 0 or high < CHUNK:
         for i in range(CHUNK):
             put(scores, i, get(scores, i) if low <= i and i < high else -np.float32(np.inf))
+    if nodes != 0:
+        for i in range(max(fork, 0), CHUNK):
+            if nodes >> min(i - fork, MAX_NODES) & 1 == 0:
+                put(scores, i, -np.float32(np.inf))
     top, total = max(top, highest_score(scores)), np.float32(0.0)
     for i in range(CHUNK):
         weight = exp(get(scores, i) - top)
@@ -169,14 +175,17 @@ def soften(scores, low, high, softcap, top):
 
 
 @compiled()
-def soften_rows(a, tiles, rows, wide, own, length, first):
-    """The online softmax step of every row of a tile; row 0 belongs to the query at position `own`."""
+def soften_rows(a, tiles, token, rows, wide, own, length, first):
+    """The online softmax step of every row of a tile; row 0 belongs to the query `token` at position `own`."""
     for m in range(rows):
-        position = own + m // a.group
+        position, fork, nodes = own + m // a.group, np.int64(0), np.int64(0)
+        if a.seen != 0:
+            nodes = get_long(a.seen, token + m // a.group)
+            fork = get_long(a.forks, token + m // a.group) - first
         high = (position + 1 if a.causal else length) - first
         low = position - a.window + 1 - first if a.window > 0 else 0
         before = get(tiles.stats, m)
-        top, total = soften(tiles.scores + 4 * m * CHUNK, low, high, np.float32(a.softcap), before)
+        top, total = soften(tiles.scores + 4 * m * CHUNK, low, high, fork, nodes, np.float32(a.softcap), before)
         keep = exp(before - top)
         put(tiles.stats, m, top)
         put(tiles.stats, rows + m, get(tiles.stats, rows + m) * keep + total)
@@ -275,7 +284,7 @@ def attend(a, tiles, unit, last, parity, wide, storage):
             ahead_count = announce(a, unit + 1, ahead, storage)
         gather(a, tiles, wide, count, lines, ahead, ahead_count, storage)
         score(a, tiles, rows, count)
-        soften_rows(a, tiles, rows, wide, own, length, chunk)
+        soften_rows(a, tiles, token, rows, wide, own, length, chunk)
         for d in range(0, wide, PANEL):
             weights, values, out = tiles.scores + 4 * skip, lines + 8 * (CHUNK + skip), tiles.out + 4 * d
             at = width(storage) * d
@@ -338,7 +347,7 @@ def attention_f16(pointer):
 _FIELDS = (
     "q q_stride k_cache v_cache block_stride head_stride block_size heads group dim "
     "block_tables table_width rows seq_lens cu_seqlens_q items starts merges num_merges "
-    "out lse partial_out partial_lse scratch scratch_floats tile_rows window causal"
+    "out lse partial_out partial_lse scratch scratch_floats tile_rows window causal forks seen"
 )
 REGIONS = {
     dtype: Region(body, _FIELDS, floats="scale softcap")
@@ -474,6 +483,11 @@ def supports(k_cache: Tensor, v_cache: Tensor) -> bool:
     return regular(k_cache, v_cache) and k_cache.shape[3] % LANES == 0
 
 
+def tree_addresses(meta: AttentionMetadata) -> tuple[int, int]:
+    """Where the forks and the seen nodes of a step lie; 0 without trees."""
+    return (0, 0) if meta.tree is None else (meta.tree.forks.data_ptr(), meta.tree.seen.data_ptr())
+
+
 def attention_call(
     pool: Pool,
     plan: AttnPlan,
@@ -502,5 +516,5 @@ def attention_call(
         *meta.addresses,
         *plan.addresses,
         *(state.out.data_ptr(), state.lse.data_ptr(), partial_out, partial_out + 4 * partials * hq * dim),
-        *(scratch, each, tile_rows, sliding_window or 0, meta.mask == "causal", scale, softcap or 0.0),
+        *(scratch, each, tile_rows, sliding_window or 0, meta.mask == "causal", *tree_addresses(meta), scale, softcap or 0.0),
     )

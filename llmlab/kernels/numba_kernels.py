@@ -99,7 +99,7 @@ class NumbaKernels(BaseKernels):
         (tokens, hq, dim), heads = q.shape, k_cache.shape[1]
         if hq % heads or k_cache.shape[3] != dim:
             raise LabError("q", tuple(q.shape), f"does not fit a KV cache of {tuple(k_cache.shape)}")
-        if not supports(k_cache, v_cache):
+        if not supports(k_cache, v_cache) or (meta.tree is not None and sliding_window is not None):
             return reference.paged_attention(q, k_cache, v_cache, meta, scale, sliding_window, softcap)
         check_blocks(self.pool, meta, k_cache.shape[0], k_cache.shape[2])
         plan, x = self.plan(meta, heads, hq // heads, sliding_window), heads_dense(q)

@@ -20,7 +20,7 @@ from llmlab.kernels.layout import AttentionMetadata
 from llmlab.kernels.linear import PLAIN, REGIONS, ROWS, PackedLinear, act_code, address, dense
 from llmlab.kernels.norm_rope import ROPE_REGIONS
 from llmlab.kernels.numba_attention import REGIONS as ATTENTION_REGIONS
-from llmlab.kernels.numba_attention import check_blocks, supports, tile_floats
+from llmlab.kernels.numba_attention import check_blocks, supports, tile_floats, tree_addresses
 from llmlab.kernels.pool import SEQUENCE, Pool
 from llmlab.kernels.vector import PANEL
 from llmlab.types import LabError
@@ -124,6 +124,7 @@ class Program:
             "qkv": [r["qkv"]["out"], r["rope"]["q"], r["attention"]["q"]], "k": [r["rope"]["k"]], "v": [r["rope"]["v"]],
             "attended": [r["attention"]["out"], r["output"]["x"]], "lse": [r["attention"]["lse"]],
             "inner": [r["gate_up"]["out"], r["down"]["x"]], "causal": [r["attention"]["causal"]],
+            "forks": [r["attention"]["forks"]], "seen": [r["attention"]["seen"]],
             **{name: [r["attention"][name]] for name in ("block_tables", "table_width", "rows", "seq_lens", "cu_seqlens_q")},
             **{name: [r[op][name] for op in ("rope", "attention")] for name in ("block_size", "block_stride", "head_stride")},
         }  # fmt: skip
@@ -171,9 +172,10 @@ class Program:
         check_blocks(self._pool, meta, self._num_blocks, self._steady["block_size"])
         self._place(tokens, threads)
         table, width, rows, lens, cu = meta.addresses
+        forks, seen = tree_addresses(meta)
         self._set(threads=threads, tokens=tokens, hidden=hidden.data_ptr(), positions=positions.data_ptr(),
                   slots=meta.slot_mapping.data_ptr(), block_tables=table, table_width=width, rows=rows, seq_lens=lens,
-                  cu_seqlens_q=cu, causal=int(meta.mask == "causal"))  # fmt: skip
+                  cu_seqlens_q=cu, causal=int(meta.mask == "causal"), forks=forks, seen=seen)  # fmt: skip
         self._plan(meta, threads)
         calls = self._calls.ctypes.data + span.start * self._calls[0].nbytes
         self._pool.run(SEQUENCE.call(threads, len(span) * len(OPERATIONS), calls))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmlab.kernels.layout import AttentionMetadata, AttentionState
+from llmlab.kernels.layout import MAX_NODES, AttentionMetadata, AttentionState
 from llmlab.types import LabError
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -95,6 +95,19 @@ def visible(q_len: int, kv_len: int, mask: str, sliding_window: int | None, devi
     return seen if sliding_window is None else seen & (key > own - sliding_window)
 
 
+def tree_visible(seen: Tensor, forks: Tensor, nodes: Tensor, sliding_window: int | None) -> Tensor:
+    """`visible` [q_len, kv_len] with the rows of tree nodes as `TreeMask` tells: `forks`, `nodes` [q_len] int64."""
+    seen, key = seen.clone(), torch.arange(seen.shape[1], device=seen.device)
+    for i in nodes.nonzero().flatten().tolist():
+        fork, bits = int(forks[i]), int(nodes[i])
+        place = key - fork
+        own = (place >= 0) & (torch.tensor(bits, device=key.device) >> place.clamp(0, MAX_NODES) & 1).bool()
+        position = torch.where(place < 0, key, fork - 1 + own.cumsum(0))  # of an ancestor: the fork and its depth
+        last = fork - 1 + bits.bit_count()
+        seen[i] = (own | (place < 0)) & (position > last - (sliding_window or len(key) + 1))
+    return seen
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None
 ) -> AttentionState:
@@ -125,7 +138,7 @@ def paged_attention(
     """Attention of ragged queries q [T, Hq, D] over block tables; Hq is a multiple of Hkv.
 
     A query sees the positions that `meta.mask` allows, of those only the last `sliding_window`
-    (its own included); `softcap` bounds the scores as Gemma 2 does.
+    (its own included); `softcap` bounds the scores as Gemma 2 does. Nodes of a tree see what `meta.tree` says.
     """
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
@@ -136,6 +149,8 @@ def paged_attention(
             continue
         k, v = (gather_kv(cache, meta.block_tables[row], kv_len) for cache in (k_cache, v_cache))
         seen = visible(last - first, kv_len, meta.mask, sliding_window, q.device)
+        if meta.tree is not None:
+            seen = tree_visible(seen, meta.tree.forks[first:last], meta.tree.seen[first:last], sliding_window)
         state = attend(q[first:last], k, v, seen, scale, softcap)
         out[first:last], lse[first:last] = state.out, state.lse
     return AttentionState(out, lse)

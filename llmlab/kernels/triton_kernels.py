@@ -229,7 +229,7 @@ class TritonKernels(BaseKernels):
         (tokens, hq, dim), heads = q.shape, k_cache.shape[1]
         if hq % heads or k_cache.shape[3] != dim:
             raise LabError("q", tuple(q.shape), f"does not fit a KV cache of {tuple(k_cache.shape)}")
-        if not (_lines_dense(k_cache) and _lines_dense(v_cache)):
+        if not (_lines_dense(k_cache) and _lines_dense(v_cache)) or meta.tree is not None:
             return reference.paged_attention(q, k_cache, v_cache, meta, scale, sliding_window, softcap)
         q = q if q.stride()[1:] == (dim, 1) else q.contiguous()
         state = AttentionState(q.new_zeros(tokens, hq, dim), q.new_full((tokens, hq), float("-inf"), dtype=torch.float32))

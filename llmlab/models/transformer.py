@@ -173,7 +173,8 @@ class Transformer:
         """
         span = range(self.shape.num_layers) if layers is None else layers
         program = self._program
-        if program is not None and span.step == 1 and program.fits(kv_caches):
+        windowed = meta.tree is not None and any(self.shape.layer_windows)  # attended to by depth, not by slot
+        if program is not None and span.step == 1 and not windowed and program.fits(kv_caches):
             return program.run(hidden, positions, meta, span)
         rotations = [rope.at(positions) for rope in self._ropes]
         for i in span:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from models_util import hf_greedy, hf_logits, hf_model, tiny_config
 
 from llmlab.engine import Engine
@@ -99,3 +100,27 @@ def serve(engine: Engine, max_steps: int = 3000) -> dict[str, RequestOutput]:
 
 def tokens_of(output: RequestOutput) -> list[list[int]]:
     return [answer.token_ids for answer in output.outputs]
+
+
+@st.composite
+def rough_sizes(draw: st.DrawFn) -> dict[str, Any]:
+    """Memory and batches so small that requests are cut into chunks, preempted, swapped and made to share."""
+    block_size = draw(st.sampled_from([1, 2, 3, 5, 8]))
+    return {
+        "block_size": block_size, "num_blocks": -(-draw(st.integers(44, 90)) // block_size),
+        "max_num_batched_tokens": draw(st.sampled_from([1, 3, 7, 20, 64])), "max_num_seqs": draw(st.integers(1, 8)),
+        "overlap_depth": draw(st.integers(0, 2)), "enable_prefix_caching": draw(st.booleans()),
+        "num_host_blocks": draw(st.sampled_from([None, 0, 10])),
+    }  # fmt: skip
+
+
+def check_greedy_answers(engine: Engine, oracle: Oracle, longest: int) -> None:
+    """All that was released is the beginning of what the model says, and all of it unless the request was aborted."""
+    specs = {e.spec.id: e.spec for e in engine.log.filter(ev.RequestArrived)}
+    outputs: dict[str, list[int]] = {}
+    for event in engine.log.filter(ev.TokensReleased):
+        outputs.setdefault(event.request, []).extend(event.token_ids)
+    for event in engine.log.filter(ev.RequestFinished):
+        spec, tokens = specs[event.request], outputs.get(event.request, [])
+        assert tokens == oracle.greedy(spec.prompt_token_ids, longest)[: len(tokens)], event
+        assert event.reason == "abort" or len(tokens) == spec.sampling.max_tokens

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from engine_util import VOCAB, Oracle, greedy, serve, tiny_engine, tokens_of, write_model
+from engine_util import (
+    VOCAB,
+    Oracle,
+    check_greedy_answers,
+    greedy,
+    rough_sizes,
+    serve,
+    tiny_engine,
+    tokens_of,
+    write_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,13 +68,7 @@ def test_tokens_do_not_depend_on_how_they_were_computed(
 def rough_rides(draw: st.DrawFn) -> dict[str, Any]:
     seams = ("ordering", "admission", "composer", "victim", "eviction", "tiering")
     fields: dict[str, Any] = {seam: draw(st.sampled_from(REGISTRIES[seam].names())) for seam in seams}
-    block_size = draw(st.sampled_from([1, 2, 3, 5, 8]))
-    return fields | {
-        "block_size": block_size, "num_blocks": -(-draw(st.integers(44, 90)) // block_size),
-        "max_num_batched_tokens": draw(st.sampled_from([1, 3, 7, 20, 64])), "max_num_seqs": draw(st.integers(1, 8)),
-        "overlap_depth": draw(st.integers(0, 2)), "enable_prefix_caching": draw(st.booleans()),
-        "num_host_blocks": draw(st.sampled_from([None, 0, 10])),
-    }  # fmt: skip
+    return fields | draw(rough_sizes())
 
 
 @given(fields=rough_rides(), seed=st.integers(0, 2**16))
@@ -84,14 +88,7 @@ def test_rough_rides_end_at_the_same_tokens(fields: dict[str, Any], seed: int, o
                 victim = rng.choice(list(kept))
                 engine.abort(victim)
         serve(engine)
-        specs = {e.spec.id: e.spec for e in engine.log.filter(ev.RequestArrived)}
-        outputs: dict[str, list[int]] = {}
-        for event in engine.log.filter(ev.TokensReleased):
-            outputs.setdefault(event.request, []).extend(event.token_ids)
-        for event in engine.log.filter(ev.RequestFinished):
-            spec, tokens = specs[event.request], outputs.get(event.request, [])
-            assert tokens == oracle.greedy(spec.prompt_token_ids, 10)[: len(tokens)], event
-            assert event.reason == "abort" or len(tokens) == spec.sampling.max_tokens
+        check_greedy_answers(engine, oracle, 10)
 
 
 @pytest.mark.parametrize("overlap_depth", [0, 1])

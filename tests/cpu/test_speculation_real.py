@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_util import VOCAB, Oracle, greedy, serve, tiny_engine, tokens_of, write_model
+from engine_util import (
+    VOCAB,
+    Oracle,
+    check_greedy_answers,
+    greedy,
+    rough_sizes,
+    serve,
+    tiny_engine,
+    tokens_of,
+    write_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,23 +50,45 @@ def script(oracle: Oracle, acceptance: Sequence[float]) -> Script:
 
 def sources(oracle: Oracle) -> dict[str, Any]:
     return {"ngram": "ngram", "suffix": "suffix", "itself": str(oracle.directory), "script": script(oracle, (0.9, 0.6)),
-            "layer_skip": "layer_skip"}
+            "layer_skip": "layer_skip", "bushes": Bushes(oracle)}
+
+
+class Bushes:
+    """Trees of random form, in which the right path hides among wrong ones, as far as the dice let it."""
+
+    name = "bushes"
+
+    def __init__(self, oracle: Oracle) -> None:
+        self.oracle, self.dice = oracle, random.Random(7)
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
+        return [self._bush(c) if c.k else Proposal() for c in contexts]
+
+    def _bush(self, context: DraftContext) -> Proposal:
+        start = len(context.token_ids) - context.request.num_prompt_tokens
+        truth = self.oracle.greedy(context.request.prompt_token_ids, 24)[start:]
+        tokens: list[int] = []
+        parents: list[int] = []
+        path = [-1]
+        for i in range(context.k):
+            right = len(path) <= len(truth) and self.dice.random() < 0.5
+            tokens.append(truth[len(path) - 1] if right else self.dice.randrange(VOCAB))
+            parents.append(path[-1] if right else self.dice.randrange(-1, i))
+            if right:
+                path.append(i)
+        return Proposal(tuple(tokens), tuple(parents))
 
 
 @st.composite
 def rough_rides(draw: st.DrawFn) -> dict[str, Any]:
-    block_size = draw(st.sampled_from([1, 2, 3, 5, 8]))
-    return {
-        "block_size": block_size, "num_blocks": -(-draw(st.integers(44, 90)) // block_size),
-        "max_num_batched_tokens": draw(st.sampled_from([1, 3, 7, 20, 64])), "max_num_seqs": draw(st.integers(1, 8)),
-        "overlap_depth": draw(st.integers(0, 2)), "enable_prefix_caching": draw(st.booleans()),
-        "num_host_blocks": draw(st.sampled_from([None, 0, 10])), "tiering": draw(st.sampled_from(["recompute", "swap"])),
+    return draw(rough_sizes()) | {
+        "tiering": draw(st.sampled_from(["recompute", "swap"])),
         "composer": draw(st.sampled_from(["chunked", "prefill_first", "decode_first"])),
         "num_speculative_tokens": draw(st.integers(1, 5)), "draft_policy": draw(st.sampled_from(DRAFT_POLICIES.names())),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("source", ["ngram", "suffix", "itself", "script", "layer_skip"])
+@pytest.mark.parametrize("source", ["ngram", "suffix", "itself", "script", "layer_skip", "bushes"])
 @given(fields=rough_rides(), seed=st.integers(0, 2**16))
 @settings(max_examples=8)
 def test_rough_rides_end_at_the_tokens_of_plain_decoding(source: str, fields: dict[str, Any], seed: int, oracle: Oracle) -> None:
@@ -70,14 +102,7 @@ def test_rough_rides_end_at_the_tokens_of_plain_decoding(source: str, fields: di
             if rng.random() < 0.2:
                 engine.abort(f"q{rng.randint(0, i)}")
         serve(engine)
-        specs = {e.spec.id: e.spec for e in engine.log.filter(ev.RequestArrived)}
-        outputs: dict[str, list[int]] = {}
-        for event in engine.log.filter(ev.TokensReleased):
-            outputs.setdefault(event.request, []).extend(event.token_ids)
-        for event in engine.log.filter(ev.RequestFinished):
-            spec, tokens = specs[event.request], outputs.get(event.request, [])
-            assert tokens == oracle.greedy(spec.prompt_token_ids, 14)[: len(tokens)], event
-            assert event.reason == "abort" or len(tokens) == spec.sampling.max_tokens
+        check_greedy_answers(engine, oracle, 14)
         assert not engine.log.filter(ev.PolicyFailed)
 
 
@@ -209,15 +234,36 @@ def test_ids_outside_the_vocabulary_stop_the_drafts_and_not_the_answer(oracle: O
     assert failed and "outside the vocabulary" in failed[0].error and engine.log.filter(ev.Verified)
 
 
-def test_a_tree_is_refused_where_only_chains_are_verified(oracle: Oracle) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "numba"])
+def test_the_best_path_of_a_tree_is_taken(kernels: str, oracle: Oracle) -> None:
+    """The right tokens lie behind wrong siblings, so that their KV must move to where it belongs."""
     class Forked:
         def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
-            return [Proposal((1, 2), (-1, -1)) if c.k > 1 else Proposal() for c in contexts]
+            return [self._fork(c) if c.k >= 5 else Proposal() for c in contexts]
 
-    with tiny_engine(oracle.directory, speculation=Forked()) as engine:
-        name = engine.add_request(PROMPTS[2], greedy(6))
-        assert tokens_of(serve(engine)[name]) == [oracle.greedy(PROMPTS[2], 6)]
-    assert "chains only" in engine.log.filter(ev.PolicyFailed)[0].error
+        def _fork(self, c: DraftContext) -> Proposal:
+            right = oracle.greedy(c.request.prompt_token_ids, 30)[len(c.token_ids) - c.request.num_prompt_tokens :]
+            wrong = [(t + 1) % VOCAB for t in right]
+            return Proposal((wrong[0], wrong[1], right[0], wrong[0], right[1]), (-1, 0, -1, 2, 2))
+
+    with tiny_engine(oracle.directory, speculation=Forked(), kernels=kernels, num_speculative_tokens=5, num_blocks=100) as engine:
+        names = [engine.add_request(prompt, greedy(16)) for prompt in PROMPTS]
+        done = serve(engine)
+    assert [tokens_of(done[name]) for name in names] == [[oracle.greedy(prompt, 16)] for prompt in PROMPTS]
+    verified = engine.log.filter(ev.Verified)
+    assert verified and all(len(e.accepted) == 2 and len(e.rejected) == 3 for e in verified)
+    assert not engine.log.filter(ev.PolicyFailed)
+
+
+def test_a_tree_of_too_many_nodes_is_refused(oracle: Oracle) -> None:
+    class Wide:
+        def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
+            return [Proposal((1,) * 64, (-1,) * 64) if c.k >= 64 else Proposal() for c in contexts]
+
+    with tiny_engine(oracle.directory, speculation=Wide(), num_speculative_tokens=70) as engine:
+        name = engine.add_request(PROMPTS[2], greedy(80))
+        assert tokens_of(serve(engine)[name]) == [oracle.greedy(PROMPTS[2], 80)]
+    assert "more than the 63 nodes" in engine.log.filter(ev.PolicyFailed)[0].error
 
 
 def test_a_draft_model_keeps_silent_where_its_context_ends(oracle: Oracle, tmp_path: Path) -> None:
