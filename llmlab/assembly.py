@@ -16,7 +16,7 @@ from llmlab.decoding.drafts import DraftSetup
 from llmlab.decoding.methods import DECODING_METHODS
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog, Sink
-from llmlab.events.metrics import MetricsFold
+from llmlab.events.metrics import LiveMetrics
 from llmlab.events.tracefile import TraceWriter
 from llmlab.execution.base import Executor
 from llmlab.execution.cost import (
@@ -102,7 +102,7 @@ class Assembly(NamedTuple):
     clock: Clock
     log: EventLog
     tokenizer: Any
-    metrics: MetricsFold
+    metrics: LiveMetrics
     model: ModelFacts
     limits: Limits
 
@@ -140,7 +140,7 @@ def assemble(config: EngineConfig) -> Assembly:
     num_blocks = config.num_blocks or _default_num_blocks(config, backend)
     num_host_blocks = num_blocks if config.num_host_blocks is None else config.num_host_blocks
     limits = _limits(config, backend.model, num_blocks)
-    metrics = MetricsFold(KEPT_REQUESTS)
+    metrics = LiveMetrics(KEPT_REQUESTS)
     log = _log(config, clock, metrics)
     if backend.offload is not None and backend.loaded is not None:
         backend.offload.start(backend.loaded.model, _seam(config, log, "weights"), _num_slots(config, backend.model.shape))
@@ -180,7 +180,7 @@ def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: E
     )  # fmt: skip
 
 
-def _log(config: EngineConfig, clock: Clock, metrics: MetricsFold) -> EventLog:
+def _log(config: EngineConfig, clock: Clock, metrics: LiveMetrics) -> EventLog:
     sinks: list[Sink] = [metrics]
     if config.trace is not None:
         sinks.append(TraceWriter(config.trace))

@@ -20,7 +20,7 @@ import msgspec
 from llmlab.assembly import Assembly, assemble
 from llmlab.config import EngineConfig, engine_config
 from llmlab.events import catalog as ev
-from llmlab.events.metrics import RequestMetrics
+from llmlab.events.metrics import MetricsFold, RequestMetrics
 from llmlab.execution.base import StepBatch, Ticket, row_of
 from llmlab.execution.sim_executor import SimExecutor
 from llmlab.outputs import AnswerState, RequestOutput
@@ -58,7 +58,7 @@ class Engine:
         self.clock = parts.clock
         self.log = parts.log
         self.tokenizer = parts.tokenizer
-        self.metrics = parts.metrics
+        self._metrics = parts.metrics
         self.model = parts.model
         self.limits = parts.limits
         self._future: list[tuple[float, int, Request]] = []
@@ -194,6 +194,11 @@ class Engine:
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._future) or self.scheduler.has_work
+
+    @property
+    def metrics(self) -> MetricsFold:
+        """What the events so far add up to."""
+        return self._metrics.read()
 
     @property
     def num_waiting(self) -> int:

@@ -21,7 +21,7 @@ from llmlab.config import SEAM_FIELDS, EngineConfig
 from llmlab.decoding.drafts import NGram, Oracle
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
-from llmlab.events.metrics import MetricsFold, acceptance_by_position
+from llmlab.events.metrics import LiveMetrics, acceptance_by_position
 from llmlab.events.replay import ReplayClock, compare, feed
 from llmlab.events.trace import Run
 from llmlab.execution.cost import RooflineCost, wall_cost
@@ -214,7 +214,7 @@ def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayC
     facts = ModelFacts(
         model["name"], shape.vocab_size, scheduler.limits.max_model_len, tuple(model["eos_token_ids"]), shape
     )
-    parts = Assembly(scheduler, executor, clock, scheduler.log, None, MetricsFold(), facts, scheduler.limits)
+    parts = Assembly(scheduler, executor, clock, scheduler.log, None, LiveMetrics(), facts, scheduler.limits)
     return Engine(config, parts)
 
 

@@ -29,7 +29,10 @@ def request_fingerprint(number: int, status: Status, num_tokens: int, num_comput
     """What `state_hash` (the XOR over all requests) says about one request."""
     lengths = _STATUS_CODE[status] | num_tokens << 3 | num_computed << 33
     place = 0 if home == "device" else (cursor + 1) * 0xA0761D6478BD642F
-    return mix(lengths + number * 0x9E3779B97F4A7C15 + last_token * 0xD1B54A32D192ED03 + place)
+    # `mix`, written out: this is counted for every running request in every step
+    code = (lengths + number * 0x9E3779B97F4A7C15 + last_token * 0xD1B54A32D192ED03 + place) * 0xFF51AFD7ED558CCD & _MASK
+    code = ((code ^ (code >> 32)) * 0xC4CEB9FE1A85EC53) & _MASK
+    return code ^ (code >> 29)
 
 
 def computed_after(item: WorkItem, computed: int) -> int:

@@ -89,6 +89,10 @@ class Collecting(Core):
     def _keep(self, flight: InFlight, commit: Commit, plan: int) -> None:
         """What stays of the KV that an item wrote, and what is proposed from now on."""
         seq, item = flight.seq, flight.item
+        if commit.truncate_to is None and commit.final and not (commit.drafts or seq.drafts or item.drafts):
+            if seq.home == item.home == "device":  # the common case, at half its cost
+                self.memory.commit(seq, min(item.tokens[1], len(seq.token_ids) - 1))
+            return
         kept = min(item.tokens[1] if commit.truncate_to is None else commit.truncate_to,
                    len(seq.token_ids) - 1 + len(commit.drafts))  # fmt: skip
         fresh = commit.drafts if commit.final else commit.drafts[len(seq.drafts) :]

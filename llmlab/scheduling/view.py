@@ -40,12 +40,14 @@ class Viewer:
     def request(self, seq: Sequence, num_cached_tokens: int | None = None) -> RequestView:
         """One request; `num_cached_tokens` where the prefix cache was asked just now."""
         request = seq.request
+        table = self._memory.tables.get(request.id)  # every running request is shown in every step
+        num_blocks, num_host_blocks = (0, 0) if table is None else (len(table.block_ids), len(table.host_block_ids))
         return RequestView(
             request.id, request.number, request.arrival, request.priority, seq.status, seq.num_prompt_tokens,
             len(seq.token_ids) + seq.num_pending, seq.num_computed_tokens,
             seq.num_cached_tokens if num_cached_tokens is None else num_cached_tokens,
-            self._memory.num_blocks_of(request.id), seq.num_preemptions, request, seq.home, seq.cursor,
-            self._memory.num_host_blocks_of(request.id), seq.num_pending, seq.drafts, seq.draft_parents, seq.acceptance,
+            num_blocks, seq.num_preemptions, request, seq.home, seq.cursor,
+            num_host_blocks, seq.num_pending, seq.drafts, seq.draft_parents, seq.acceptance,
         )  # fmt: skip
 
     def after_admission(self, view: EngineView, seq: Sequence, taken: int, home: Home = "device") -> EngineView:
