@@ -369,12 +369,15 @@ class DecodingMethod(Protocol):
 
 class DraftContext(msgspec.Struct, frozen=True):
     """A request that drafts are wanted for: `token_ids` is all it has so far (not to be changed), `block_ids` the KV
-    blocks of positions [0, len(token_ids) + k). `k=0`: none are wanted, but the request moved on."""
+    blocks of positions [0, len(token_ids) + k). `k=0`: none are wanted, but the request moved on. `hidden`, for sources
+    that ask for it: the target's state [hidden_size] behind its last layer, before the final norm, from which the newest
+    token was drawn; None where there is none (the simulator, or a prompt that goes on)."""
 
     request: Request
     token_ids: Sequence[int]
     block_ids: tuple[int, ...]
     k: int
+    hidden: Any = None
 
 
 class Proposal(msgspec.Struct, frozen=True):
@@ -393,7 +396,8 @@ class Proposal(msgspec.Struct, frozen=True):
 class DraftSource(Protocol):
     """Where drafts come from. Runs beside the executor, once per step for all requests together; one answer for each
     context, in order. May keep what it learned; drafts never change what a request answers, only how fast. If it raises
-    or answers ids outside the vocabulary, the step goes on without drafts and a `PolicyFailed` event says so."""
+    or answers ids outside the vocabulary, the step goes on without drafts and a `PolicyFailed` event says so. One with
+    `reads_hidden = True` is shown the target's states (`DraftContext.hidden`); else nobody gathers them."""
 
     def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]: ...
 

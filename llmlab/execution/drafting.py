@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 
@@ -11,20 +13,24 @@ from llmlab.kernels.attention_plan import MAX_NODES
 from llmlab.seams import DraftContext, DraftSource, Proposal
 from llmlab.types import ItemResult, PolicyError
 
+NO_STATES: Mapping[str, Any] = MappingProxyType({})
+
 
 class Drafter:
     """A guarded source. Drafts never change answers, so whatever it does wrong costs its drafts and nothing else."""
 
     def __init__(self, source: DraftSource, vocab_size: int) -> None:
         self._source, self._vocab_size = source, vocab_size
+        self.reads_hidden = bool(getattr(source, "reads_hidden", False))
 
-    def extend(self, rows: Sequence[Row], results: Sequence[ItemResult], known: Callable[[Row, ItemResult], Sequence[int]]
-               ) -> tuple[ItemResult, ...]:  # fmt: skip
-        """The results, with drafts for the rows that want some. `known`: the tokens of a row's request by now."""
+    def extend(self, rows: Sequence[Row], results: Sequence[ItemResult], known: Callable[[Row, ItemResult], Sequence[int]],
+               hidden: Mapping[str, Any] = NO_STATES) -> tuple[ItemResult, ...]:  # fmt: skip
+        """The results, with drafts for the rows that want some. `known`: the tokens of a row's request by now; `hidden`:
+        the states that the newest tokens were drawn from, by request."""
         if not any(row.item.propose for row in rows):
             return tuple(results)
-        contexts = {row.request.id: _context(row, result, known(row, result)) for row, result in zip(rows, results, strict=True)
-                    if result.error is None}  # fmt: skip
+        contexts = {row.request.id: _context(row, result, known(row, result), hidden.get(row.request.id))
+                    for row, result in zip(rows, results, strict=True) if result.error is None}  # fmt: skip
         asked = list(contexts.values())
         try:
             proposals = self._source.propose(asked)
@@ -46,12 +52,12 @@ class Drafter:
         return msgspec.structs.replace(result, drafts=checked.token_ids, parents=checked.parents)
 
 
-def _context(row: Row, result: ItemResult, known: Sequence[int]) -> DraftContext:
+def _context(row: Row, result: ItemResult, known: Sequence[int], hidden: Any) -> DraftContext:
     last = result.token_ids[-1] if result.token_ids else -1
     over = last in row.request.sampling.stop_token_ids or (
         last in row.request.eos_token_ids and not row.request.sampling.ignore_eos
     )
-    return DraftContext(row.request, known, row.block_ids, 0 if over else row.item.propose)
+    return DraftContext(row.request, known, row.block_ids, 0 if over else row.item.propose, hidden)
 
 
 def _failed(result: ItemResult, contexts: Mapping[str, DraftContext], error: str) -> ItemResult:

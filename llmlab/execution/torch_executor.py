@@ -106,6 +106,7 @@ class TorchExecutor:
         self._plain: dict[str, bool] = {}  # of each request: whether its token is the largest logit, and no more was asked for
         self._lost: dict[str, str] = {}  # requests whose KV is gone, and why
         self._hidden: dict[str, Kept] = {}  # of requests that are between two layers
+        self._drawn_from: dict[str, Tensor] = {}  # this step's states, for draft sources that read them
         self._prompt_scores: dict[str, list[TokenLogprobs]] = {}
         self._hybrid: Hybrid | None = None
         self._worker = ThreadPoolExecutor(1, "llmlab-executor") if asynchronous else None
@@ -216,7 +217,8 @@ class TorchExecutor:
         if self._drafter is None:
             return results
         began = time.perf_counter()
-        results = self._drafter.extend(rows, results, self._known_after)
+        results = self._drafter.extend(rows, results, self._known_after, self._drawn_from)
+        self._drawn_from.clear()
         parts["draft"] = time.perf_counter() - began
         return results
 
@@ -325,6 +327,13 @@ class TorchExecutor:
 
     # ------------------------------------------------------------------------------------- sampling
     def _emit(self, rows: Sequence[Row], hidden: Tensor, logits: Tensor | None = None) -> tuple[ItemResult, ...]:
+        """The results of rows whose last layer is done, and what they were drawn from, if the draft source asks."""
+        results = self._sampled(rows, hidden, logits)
+        if self._drafter is not None and self._drafter.reads_hidden:
+            self._drawn_from |= drawn_from(rows, results, hidden)
+        return results
+
+    def _sampled(self, rows: Sequence[Row], hidden: Tensor, logits: Tensor | None) -> tuple[ItemResult, ...]:
         """Logits (of all tokens, if they are there already) only for rows that sample, and for prompts whose
         log-probabilities were asked for."""
         last: list[int] = []
@@ -399,6 +408,18 @@ class TorchExecutor:
         scores = self._prompt_scores.setdefault(request.id, [])
         del scores[start:]
         scores += prompt_logprobs(self._model.logits(hidden[: len(following)]), following, num_top)
+
+
+def drawn_from(rows: Sequence[Row], results: Sequence[ItemResult], hidden: Tensor) -> dict[str, Tensor]:
+    """Of `hidden` [tokens of all rows, hidden_size], the state [hidden_size] that each request's newest token was drawn from."""
+    found, end = {}, 0
+    for row, result in zip(rows, results, strict=True):
+        item = row.item
+        end += item.num_tokens
+        if result.token_ids:
+            held = accepted_path(item, result.token_ids[:-1])
+            found[row.request.id] = hidden[end - 1 - len(item.drafts) + (held[-1] + 1 if held else 0)]
+    return found
 
 
 def verified(item: WorkItem, sampled: Sequence[Sampled]) -> list[Sampled]:
