@@ -33,20 +33,21 @@ def _(live):
     ordering = mo.ui.dropdown(REGISTRIES["ordering"].names(), value=_now["ordering"], label="who goes first")
     composer = mo.ui.dropdown(REGISTRIES["composer"].names(), value=_now["composer"], label="a step is")
     tiering = mo.ui.dropdown(REGISTRIES["tiering"].names(), value=_now["tiering"], label="the preempted")
+    drafts = mo.ui.dropdown(pages.DRAFTS, value=pages.drafting(_now["speculation"]), label="drafts from")
     budget = mo.ui.slider(steps=[16, 32, 64, 128, 256, 512], value=_now["max_num_batched_tokens"], label="token budget",
                           show_value=True)  # fmt: skip
     blocks = mo.ui.slider(72, 128, step=8, value=_now["num_blocks"], label="KV blocks", show_value=True)
     rate = mo.ui.slider(steps=[2, 5, 10, 15, 20, 30, 40, 60], value=int(live.rate), label="arrivals/s", show_value=True)
     speed = mo.ui.slider(steps=[0.02, 0.05, 0.1, 0.2, 0.5, 1.0], value=live.speed, label="speed", show_value=True)
     drop = mo.ui.run_button(label="Drop a long prompt")
-    mo.hstack([budget, rate, blocks, ordering, composer, tiering, speed, drop], justify="start", gap=1.2, wrap=True)
-    return blocks, budget, composer, drop, ordering, rate, speed, tiering
+    mo.hstack([budget, rate, blocks, ordering, composer, tiering, drafts, speed, drop], justify="start", gap=1.2, wrap=True)
+    return blocks, budget, composer, drafts, drop, ordering, rate, speed, tiering
 
 
 @app.cell(hide_code=True)
-def _(blocks, budget, composer, live, ordering, rate, speed, tiering):
+def _(blocks, budget, composer, drafts, live, ordering, rate, speed, tiering):
     live.rate, live.speed = float(rate.value), float(speed.value)
-    live.turn_to(ordering=ordering.value, composer=composer.value, tiering=tiering.value,
+    live.turn_to(ordering=ordering.value, composer=composer.value, tiering=tiering.value, speculation=drafts.value,
                  max_num_batched_tokens=int(budget.value), num_blocks=int(blocks.value))  # fmt: skip
     return
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from llmlab.clock import Clock, RealClock, VirtualClock
-from llmlab.config import EngineConfig
+from llmlab.config import DRAFT_FIELDS, EngineConfig
 from llmlab.decoding.autoregressive import TokenStop
 from llmlab.decoding.draft_lengths import DRAFT_POLICIES
 from llmlab.decoding.drafts import DraftSetup
@@ -52,7 +53,6 @@ from llmlab.scheduling.weights import WEIGHT_PLACEMENTS
 from llmlab.seams import BlockView, CostModel, Eviction, Limits
 from llmlab.speculating import (
     Simulated,
-    Speculation,
     draft_cost_of,
     outlook_of,
     real_speculation,
@@ -94,8 +94,17 @@ class ModelFacts(NamedTuple):
     shape: shapes.Shape
 
 
+class Redraft(NamedTuple):
+    """Another drafting side for an engine that exists: what its executor takes (`Executor.draft_with`), and the sizes of
+    the draft model (None: it runs none)."""
+
+    side: Any
+    shape: shapes.Shape | None = None
+
+
 class Assembly(NamedTuple):
-    """The parts of one engine, wired."""
+    """The parts of one engine, wired. `redraft`: the drafting side of another configuration, raises ConfigError or
+    ModelError."""
 
     scheduler: Scheduler
     executor: Executor
@@ -105,6 +114,7 @@ class Assembly(NamedTuple):
     metrics: LiveMetrics
     model: ModelFacts
     limits: Limits
+    redraft: Callable[[EngineConfig], Redraft]
 
 
 class Backend(NamedTuple):
@@ -144,13 +154,15 @@ def assemble(config: EngineConfig) -> Assembly:
     log = _log(config, clock, metrics)
     if backend.offload is not None and backend.loaded is not None:
         backend.offload.start(backend.loaded.model, _seam(config, log, "weights"), _num_slots(config, backend.model.shape))
-    executor, speculation = _executor(config, backend, clock, log, num_blocks, num_host_blocks)
-    drafts = speculation.shape if speculation is not None else None
+    executor, redraft = _executor(config, backend, clock, log, num_blocks, num_host_blocks)
+    drafting = redraft(config)
+    executor.draft_with(drafting.side)
+    drafts = drafting.shape
     scheduler = build_scheduler(config, backend.cost, limits, log, num_blocks, num_host_blocks, drafts)
     effective = {**config.describe(), "num_blocks": num_blocks, "num_host_blocks": num_host_blocks,
                  "max_model_len": limits.max_model_len}  # fmt: skip
     _announce(log, config, backend, executor, effective, drafts)
-    return Assembly(scheduler, executor, clock, log, backend.tokenizer, metrics, backend.model, limits)
+    return Assembly(scheduler, executor, clock, log, backend.tokenizer, metrics, backend.model, limits, redraft)
 
 
 def build_scheduler(config: EngineConfig, cost: CostModel, limits: Limits, log: EventLog, num_blocks: int,
@@ -160,7 +172,7 @@ def build_scheduler(config: EngineConfig, cost: CostModel, limits: Limits, log: 
                        eviction_chooser(config, log))  # fmt: skip
     policies = policies_of(config, log, cost, drafts)
     return Scheduler(policies, memory, cost, log, limits, config.view_cap, config.num_alternatives,
-                     lambda seam, choice: reseated(config, log, seam, choice))  # fmt: skip
+                     lambda seam, choice: reseated(config, log, seam, choice, cost))  # fmt: skip
 
 
 def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: Executor, effective: dict[str, Any],
@@ -201,12 +213,17 @@ def policies_of(config: EngineConfig, log: EventLog, cost: CostModel, drafts: sh
     def seam(name: str) -> Seam[Any]:
         return _seam(config, log, name)
 
-    drafting = None
-    if config.speculation is not None:
-        outlook = outlook_of(cost, draft_cost_of(cost, drafts, config), config)
-        drafting = Drafting(seam("draft_policy"), outlook, source_name(config.speculation))
+    drafting = _drafting(config, log, cost, drafts)
     return Policies(seam("ordering"), seam("admission"), seam("composer"), seam("victim"), seam("placement"),
                     seam("tiering"), seam("decoding"), TokenStop(), drafting)  # fmt: skip
+
+
+def _drafting(config: EngineConfig, log: EventLog, cost: CostModel, drafts: shapes.Shape | None) -> Drafting | None:
+    """Who decides on the number of drafts, if there are any."""
+    if config.speculation is None:
+        return None
+    outlook = outlook_of(cost, draft_cost_of(cost, drafts, config), config)
+    return Drafting(_seam(config, log, "draft_policy"), outlook, source_name(config.speculation))
 
 
 def _seam(config: EngineConfig, log: EventLog, name: str) -> Seam[Any]:
@@ -219,10 +236,18 @@ def _seam(config: EngineConfig, log: EventLog, name: str) -> Seam[Any]:
     return Seam(name, registry.resolve(choice), registry.resolve(default), log, config.policy_timeout)
 
 
-def reseated(config: EngineConfig, log: EventLog, seam: str, choice: Any) -> Any:
-    """What a scheduler gets when a seam of its is to have another policy while it runs."""
+def reseated(config: EngineConfig, log: EventLog, seam: str, choice: Any, cost: CostModel) -> Any:
+    """What a scheduler gets when a seam of its is to have another policy while it runs; `seam` may be "drafting", too."""
+    if seam == "drafting":
+        return _redrafted(config, log, cost, choice)
     changed = msgspec.structs.replace(config, **{seam: choice})
     return eviction_chooser(changed, log) if seam == "eviction" else _seam(changed, log, seam)
+
+
+def _redrafted(config: EngineConfig, log: EventLog, cost: CostModel, changes: Mapping[str, Any]) -> Drafting | None:
+    """Another drafting side: all of DRAFT_FIELDS, and as "draft" the sizes of the draft model, if there is one."""
+    changed = msgspec.structs.replace(config, **{name: changes[name] for name in DRAFT_FIELDS})
+    return _drafting(changed, log, cost, shapes.Shape(**changes["draft"]) if "draft" in changes else None)
 
 
 def eviction_chooser(config: EngineConfig, log: EventLog) -> Any:
@@ -464,35 +489,55 @@ def _memory(config: EngineConfig, backend: Backend) -> Memory:
 
 
 def _executor(config: EngineConfig, backend: Backend, clock: Clock, log: EventLog, num_blocks: int, num_host_blocks: int
-              ) -> tuple[Executor, Speculation | None]:  # fmt: skip
-    vocab_size = backend.model.vocab_size
-    setup = DraftSetup(vocab_size, num_blocks, config.block_size, config.seed, backend.loaded)
+              ) -> tuple[Executor, Callable[[EngineConfig], Redraft]]:  # fmt: skip
+    """An executor that drafts nothing yet, and what makes a drafting side for it."""
+    setup = DraftSetup(backend.model.vocab_size, num_blocks, config.block_size, config.seed, backend.loaded)
     if backend.loaded is None:
-        tokens = PseudoTokens(vocab_size, config.seed)
-        speculation = simulated_speculation(config, setup, tokens)
-        drafting = None
-        if speculation is not None:
-            drafting = SimDrafting(Drafter(speculation.source, vocab_size), draft_cost_of(backend.cost, speculation.shape, config))
+        tokens = PseudoTokens(setup.vocab_size, config.seed)
         cost = wall_cost(backend.cost, config.overlap_depth)
         described = {"device": backend.hardware.name}
         if config.weights != "resident":
-            return _expert_simulation(config, backend, cost, tokens, clock, log), speculation
-        return SimExecutor(cost, tokens, clock, described, config.block_size, drafting,
-                           detailed=config.log_level >= 4), speculation  # fmt: skip
+            return _expert_simulation(config, backend, cost, tokens, clock, log), partial(_sim_drafting, backend, setup, tokens)
+        return SimExecutor(cost, tokens, clock, described, config.block_size,
+                           detailed=config.log_level >= 4), partial(_sim_drafting, backend, setup, tokens)  # fmt: skip
     from llmlab.execution.torch_executor import TorchExecutor
 
     line = device_line(backend.loaded) if _all_on_device(config, backend) else None
     cache = _kv_cache(config, backend.loaded, num_blocks, num_host_blocks, line)
-    speculation = real_speculation(config, setup._replace(kv_layers=cache.layers), config.kernels)
-    drafter = Drafter(speculation.source, vocab_size) if speculation is not None else None
+    setup = setup._replace(kv_layers=cache.layers)
     if line is not None:
         from llmlab.execution.stream_executor import StreamExecutor
 
         length = min(config.max_model_len or backend.model.max_model_len, num_blocks * config.block_size)
         return StreamExecutor(backend.loaded, cache, config.block_size, config.seed, line, config.max_num_seqs, length,
-                              config.fixed_rows), None  # fmt: skip
+                              config.fixed_rows), _never_drafting  # fmt: skip
     return TorchExecutor(backend.loaded, cache, config.block_size, config.seed, asynchronous=config.overlap_depth > 0,
-                         offload=backend.offload, drafter=drafter, fixed_rows=config.fixed_rows), speculation  # fmt: skip
+                         offload=backend.offload, fixed_rows=config.fixed_rows), partial(_real_drafting, setup)  # fmt: skip
+
+
+def _sim_drafting(backend: Backend, setup: DraftSetup, tokens: PseudoTokens, config: EngineConfig) -> Redraft:
+    _check_offload(config)
+    speculation = simulated_speculation(config, setup, tokens)
+    if speculation is None:
+        return Redraft(None)
+    cost = draft_cost_of(backend.cost, speculation.shape, config)
+    return Redraft(SimDrafting(Drafter(speculation.source, setup.vocab_size), cost), speculation.shape)
+
+
+def _real_drafting(setup: DraftSetup, config: EngineConfig) -> Redraft:
+    _check_offload(config)
+    speculation = real_speculation(config, setup, config.kernels)
+    if speculation is None:
+        return Redraft(None)
+    return Redraft(Drafter(speculation.source, setup.vocab_size), speculation.shape)
+
+
+def _never_drafting(config: EngineConfig) -> Redraft:
+    """Steps that are queued on a device read their tokens there, before anybody could draft behind them."""
+    if config.speculation is not None:
+        raise ConfigError("speculation", source_name(config.speculation), "this engine's steps are queued on the device, and it "
+                          "was started without drafts", "Start an engine with speculation=... and switch it there.")  # fmt: skip
+    return Redraft(None)
 
 
 def _expert_simulation(config: EngineConfig, backend: Backend, cost: Any, tokens: PseudoTokens, clock: Clock, log: EventLog

@@ -11,6 +11,7 @@ from llmlab.registry import policy_name
 from llmlab.types import ConfigError, unknown_name
 
 SEAM_FIELDS = ("ordering", "admission", "composer", "victim", "placement", "eviction", "tiering", "decoding", "draft_policy")
+DRAFT_FIELDS = ("speculation", "num_speculative_tokens", "draft_policy")
 PLUG_IN_FIELDS = (*SEAM_FIELDS, "weights")  # take a name or an object; the seams among them may change while a run goes on
 
 

@@ -13,12 +13,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
 
 from llmlab.assembly import Assembly, assemble
-from llmlab.config import EngineConfig, engine_config
+from llmlab.config import DRAFT_FIELDS, EngineConfig, engine_config
 from llmlab.events import catalog as ev
 from llmlab.events.metrics import MetricsFold, RequestMetrics
 from llmlab.execution.base import StepBatch, Ticket, row_of
@@ -40,7 +41,7 @@ from llmlab.types import (
 
 # What `Engine.reconfigure` may change while the engine runs.
 LIVE_FIELDS = ("ordering", "admission", "composer", "victim", "tiering", "eviction", "max_num_batched_tokens",
-               "max_num_seqs", "num_blocks")  # fmt: skip
+               "max_num_seqs", "num_blocks", *DRAFT_FIELDS)  # fmt: skip
 
 
 class Engine:
@@ -61,6 +62,7 @@ class Engine:
         self._metrics = parts.metrics
         self.model = parts.model
         self.limits = parts.limits
+        self.redraft = parts.redraft
         self._future: list[tuple[float, int, Request]] = []
         self._answers: dict[str, AnswerState] = {}
         self._groups: dict[str, list[str]] = {}
@@ -167,14 +169,21 @@ class Engine:
             self._close_group(request_id)
 
     def reconfigure(self, **changes: Any) -> None:
-        """Change policies, budget, seats or the number of KV blocks while requests are here; it holds from the next step
-        on, and the log tells of it. Raises ConfigError for a field that is fixed, or a value that cannot be."""
+        """Change policies, budget, seats, drafting or the number of KV blocks while requests are here; it holds from the
+        next step on, and the log tells of it. Raises ConfigError for a field that is fixed, or a value that cannot be."""
         for name in changes:
             if name not in LIVE_FIELDS:
                 raise unknown_name("reconfigure", name, LIVE_FIELDS)
         self.settle()
         config = msgspec.structs.replace(self.config, **changes)
-        self.scheduler.reconfigure(changes, self.clock.now())
+        if all(name not in changes for name in DRAFT_FIELDS):
+            self.scheduler.reconfigure(changes, self.clock.now())
+        else:
+            drafting = self.redraft(config)
+            told = {name: getattr(config, name) for name in DRAFT_FIELDS}
+            sizes = {"draft": asdict(drafting.shape)} if drafting.shape is not None else {}
+            self.scheduler.reconfigure({**changes, **told, **sizes}, self.clock.now())
+            self.executor.draft_with(drafting.side)
         self.config, self.limits = config, self.scheduler.limits
 
     def _admit_early(self, name: str) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from llmlab.assembly import Assembly, ModelFacts, eviction_chooser, policies_of
-from llmlab.config import SEAM_FIELDS, EngineConfig
+from llmlab.assembly import Assembly, ModelFacts, Redraft, eviction_chooser, policies_of
+from llmlab.config import DRAFT_FIELDS, SEAM_FIELDS, EngineConfig
 from llmlab.decoding.drafts import NGram, Oracle
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
@@ -30,7 +30,7 @@ from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor
 from llmlab.replaying import recorded_config, recorded_cost, recorded_draft, recorded_scheduler
 from llmlab.scheduling.scheduler import Scheduler
 from llmlab.seams import DraftSource
-from llmlab.speculating import draft_cost_of
+from llmlab.speculating import draft_cost_of, source_name
 from llmlab.types import ConfigError, Request, StepPlan, StepResult, TraceError, unknown_name
 from roofline.shapes import Shape
 
@@ -77,7 +77,7 @@ class Outside:
             if isinstance(event, ev.RequestRefused):
                 engine.log.emit(ev.RequestRefused, event.request, reason=event.reason)
             elif isinstance(event, ev.Reconfigured):
-                engine.reconfigure(**{name: value for name, value in event.changes.items() if name not in self._kept})
+                engine.reconfigure(**{name: value for name, value in event.changes.items() if name not in (*self._kept, "draft")})
             else:
                 engine._admit_early(event.request or "")  # as `Engine.abort` does
                 engine.scheduler.finish(event.request or "", event.reason, event.detail)
@@ -113,7 +113,9 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     position = _replay_until(run, scheduler, clock, at, _Memory(run, engine))
     _prove(run, scheduler, position, at)
     engine.config = recorded_config(run, **{**(recorded or {}), **_turned(run, position), **changes})
-    policies = policies_of(engine.config, scheduler.log, recorded_cost(run, config), recorded_draft(run))
+    drafting = engine.redraft(engine.config)
+    policies = policies_of(engine.config, scheduler.log, recorded_cost(run, config), drafting.shape)
+    engine.executor.draft_with(drafting.side)
     scheduler.adopt(policies, clock.now())
     scheduler.memory.pool.choose = eviction_chooser(engine.config, scheduler.log)
     flying = _in_flight(run, scheduler, position)
@@ -131,9 +133,13 @@ def _forked_start(run: Run, at: int, changes: Mapping[str, Any]) -> ev.RunStarte
 
 
 def _turned(run: Run, position: int) -> dict[str, Any]:
-    """The seams that were changed while the run went on, as they stood at the fork."""
-    turned = [e for e in run.log_events[:position] if isinstance(e, ev.Reconfigured)]
-    return {name: value for e in turned for name, value in e.changes.items() if name in SEAM_FIELDS}
+    """The seams that were changed while the run went on, as they stood at the fork. Who has ever verified drafts goes on
+    doing so: some may still be on their way."""
+    events = [e for e in run.log_events[:position] if isinstance(e, ev.Reconfigured)]
+    turned = {name: value for e in events for name, value in e.changes.items() if name in (*SEAM_FIELDS, *DRAFT_FIELDS)}
+    if "speculation" in turned and run.started.config.get("decoding") == "autoregressive":
+        return {"decoding": "speculative", **turned}
+    return turned
 
 
 class _Memory:
@@ -209,24 +215,25 @@ def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayC
     shape = Shape(**model["shape"])
     cost, device = recorded_cost(run, config), run.started.hardware["name"]
     tokens = RecordedTokens(run, shape.vocab_size)
-    executor = SimExecutor(wall_cost(cost, config.overlap_depth), tokens, clock, {"device": device}, config.block_size,
-                           _drafting(run, config, tokens, cost))  # fmt: skip
+    executor = SimExecutor(wall_cost(cost, config.overlap_depth), tokens, clock, {"device": device}, config.block_size)
     facts = ModelFacts(
         model["name"], shape.vocab_size, scheduler.limits.max_model_len, tuple(model["eos_token_ids"]), shape
     )
-    parts = Assembly(scheduler, executor, clock, scheduler.log, None, LiveMetrics(), facts, scheduler.limits)
+    parts = Assembly(scheduler, executor, clock, scheduler.log, None, LiveMetrics(), facts, scheduler.limits,
+                     lambda config: _drafting(run, config, tokens, cost))  # fmt: skip
     return Engine(config, parts)
 
 
-def _drafting(run: Run, config: EngineConfig, tokens: RecordedTokens, cost: RooflineCost) -> SimDrafting | None:
+def _drafting(run: Run, config: EngineConfig, tokens: RecordedTokens, cost: RooflineCost) -> Redraft:
     """The drafts that n-grams find in the recorded tokens; of other sources ones that hold as often as those of the
     recorded run did, position by position (in a simulation: as often as it was told that they do)."""
     if config.speculation is None:
-        return None
+        return Redraft(None)
     shape = Shape(**run.started.model["shape"])
     held = run.started.model.get("acceptance") or acceptance_by_position(run.log_events) or [0.0]
     source: DraftSource = NGram() if config.speculation == NGram.name else Oracle(tokens.token, held, shape.vocab_size, config.seed)
-    return SimDrafting(Drafter(source, shape.vocab_size), draft_cost_of(cost, recorded_draft(run), config))
+    draft = recorded_draft(run, source_name(config.speculation))
+    return Redraft(SimDrafting(Drafter(source, shape.vocab_size), draft_cost_of(cost, draft, config)), draft)
 
 
 def _continue(run: Run, engine: Engine, position: int, flying: Sequence[ev.StepFinished],

@@ -8,6 +8,7 @@ import msgspec
 
 from llmlab.assembly import build_scheduler
 from llmlab.config import EngineConfig
+from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.events.replay import Difference, ReplayClock, replay
 from llmlab.events.trace import Run
@@ -41,7 +42,7 @@ def recorded_scheduler(run: Run, clock: ReplayClock, **overrides: Any) -> Schedu
     limits = Limits(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len or 0)
     log = EventLog(clock, config.log_level, capacity=max(1, 2 * len(run.log_events)))
     return build_scheduler(config, recorded_cost(run, config), limits, log, config.num_blocks, config.num_host_blocks,
-                           recorded_draft(run))  # fmt: skip
+                           recorded_draft(run, started.config.get("speculation")))  # fmt: skip
 
 
 def recorded_cost(run: Run, config: EngineConfig) -> RooflineCost:
@@ -51,9 +52,11 @@ def recorded_cost(run: Run, config: EngineConfig) -> RooflineCost:
                         started.model["precision"], config.host, config.attention_plan)  # fmt: skip
 
 
-def recorded_draft(run: Run) -> Shape | None:
-    """The sizes of the draft model that a run used."""
-    return Shape(**run.started.model["draft"]) if "draft" in run.started.model else None
+def recorded_draft(run: Run, source: str | None) -> Shape | None:
+    """The sizes of the draft model `source` that a run used, at its start or later; None if that is no model."""
+    told = [(run.started.config.get("speculation"), run.started.model.get("draft"))]
+    told += [(e.changes["speculation"], e.changes.get("draft")) for e in run.events(ev.Reconfigured) if "speculation" in e.changes]
+    return next((Shape(**sizes) for name, sizes in told if name == source and sizes is not None), None)
 
 
 def replay_decisions(run: Run, **overrides: Any) -> Replayed:

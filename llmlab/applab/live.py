@@ -73,6 +73,16 @@ class Vitals(msgspec.Struct, frozen=True):
     judged: int = 0
 
 
+class Drafts(msgspec.Struct, frozen=True):
+    """What came of drafting since its source was chosen, as far as the log still tells: who drafts, tokens that were
+    proposed and judged, those of them that held, and how many requests' steps judged some."""
+
+    source: str
+    judged: int = 0
+    held: int = 0
+    verifications: int = 0
+
+
 class LiveEngine:
     """An engine under an endless stream of requests. `do` leaves a command, `watching` keeps it running.
 
@@ -173,6 +183,16 @@ class LiveEngine:
         if not changes:
             return [self.started]
         return [self.started, ev.Reconfigured(seq=first.seq - 1, t=first.t, now=first.t, changes=changes)]
+
+    def drafts(self) -> Drafts | None:
+        """How the drafts did; None if nobody drafts."""
+        source, engine = self.settings()["speculation"], self.engine
+        if engine is None or source is None:
+            return None
+        since = max((place for place, turned in tuple(self._turned) if "speculation" in turned), default=0)
+        seen = [e for e in tuple(engine.log) if isinstance(e, ev.Verified) and e.seq > since and e.source == source]
+        held = sum(len(e.accepted) for e in seen)
+        return Drafts(source, held + sum(len(e.rejected) for e in seen), held, len(seen))
 
     def settings(self) -> Mapping[str, Any]:
         """The configuration in force."""

@@ -12,6 +12,13 @@ from llmlab.applab.trial import Course, Lap, Trial
 from llmlab.runs import Run
 from llmlab.ui import figures
 
+DRAFTS = {"nobody": None, "n-grams of its own text": "ngram", "suffixes of all texts": "suffix", "a smaller model (lab-xs)": "lab-xs"}
+
+
+def drafting(source: str | None) -> str:
+    """Who drafts, in the words of the menu."""
+    return next((words for words, name in DRAFTS.items() if name == source), "nobody")
+
 
 def heading(name: str) -> Any:
     """The title of an app, and its idea."""

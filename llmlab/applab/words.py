@@ -6,12 +6,12 @@ import html
 from typing import Any
 
 from llmlab.applab import pictures, traces, trial
-from llmlab.applab.live import LiveEngine
+from llmlab.applab.live import Drafts, LiveEngine
 from llmlab.applab.trial import Trial
 from llmlab.runs import Run
 from llmlab.types import LabError
 from llmlab.ui import figures
-from llmlab.ui.chart import count, seconds
+from llmlab.ui.chart import count, percent, seconds
 
 
 def beginning(live: LiveEngine) -> Any:
@@ -43,10 +43,20 @@ def engine_finding(live: LiveEngine) -> Any:
     if live.speed < 1:
         lines.append(f"Slow motion: after each step the engine stands still, so a step takes {1 / live.speed:.0f} times as "
                      "long on this page as in truth. Its clock does not count that.")  # fmt: skip
+    drafts = live.drafts()
+    if drafts is not None:
+        lines.append(f"Drafts of {drafts.source}: {_drafted(drafts)}")
     if live.num_watchers > 1:
         lines.append(f"**{count(live.num_watchers, 'page')} look at this one engine**: whoever turns a knob turns it for all.")
     lines += [f"`{note}`" for note in live.notes]
     return mo.md("<br>".join(lines))
+
+
+def _drafted(drafts: Drafts) -> str:
+    if not drafts.judged:
+        return "none has been verified yet."
+    return (f"**{percent(drafts.held / drafts.judged)}** of {count(drafts.judged, 'token')} held, so a step brings a request that has "
+            f"some **{1 + drafts.held / drafts.verifications:.1f}** tokens instead of one (measured).")  # fmt: skip
 
 
 def letter(live: LiveEngine, name: str) -> Any:

@@ -45,6 +45,10 @@ class Executor(Protocol):
         """Where and on what it runs, as plain data."""
         ...
 
+    def draft_with(self, side: Any) -> None:
+        """Draft with another side from the next step on (None: not at all), as `llmlab.assembly.Redraft` makes it."""
+        ...
+
     def close(self) -> None: ...
 
 

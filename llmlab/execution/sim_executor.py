@@ -138,6 +138,9 @@ class SimExecutor:
             results = self._drafting.drafter.extend(batch.rows, results, self._known)
         return SimTicket(StepResult(batch.plan.step, results, durations, spans), self._busy_until, self._clock)
 
+    def draft_with(self, side: SimDrafting | None) -> None:
+        self._drafting = side
+
     def forget(self, requests: Iterable[str]) -> None:
         """These have ended."""
         for name in requests:

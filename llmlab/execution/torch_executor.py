@@ -91,10 +91,10 @@ class TorchExecutor:
     mode: Literal["measured", "simulated"] = "measured"
 
     def __init__(self, loaded: LoadedModel, cache: KVCache, block_size: int, seed: int, asynchronous: bool,
-                 offload: ExpertOffload | None = None, drafter: Drafter | None = None, fixed_rows: int = 64) -> None:  # fmt: skip
+                 offload: ExpertOffload | None = None, fixed_rows: int = 64) -> None:  # fmt: skip
         self._model = loaded.model
         self._offload = offload
-        self._drafter = drafter
+        self._drafter: Drafter | None = None
         self._fixed: FixedPasses | None = None  # made when the first row asks for it
         self._fixed_rows, self._padded = fixed_rows, 0
         self._loaded = loaded
@@ -125,6 +125,9 @@ class TorchExecutor:
             self._offload.close()
         if isinstance(self._model.layers, LayerWindow):
             self._model.layers.copies.close()
+
+    def draft_with(self, side: Drafter | None) -> None:
+        self._drafter = side
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -169,25 +169,32 @@ class Scheduler(Admitting, Placing, Reserving, Collecting):
         self._sort_queue(now)
 
     def reconfigure(self, changes: Mapping[str, Any], now: float) -> None:
-        """Go on with other policies, limits or memory from the next step on. `changes`: some of LIVE_FIELDS. Raises
-        ConfigError, and changes nothing, for an unknown policy or if a request that is here would not fit any more."""
-        blocks, seams = changes.get("num_blocks"), [name for name in changes if name in SEAM_FIELDS]
+        """Go on with other policies, limits or memory from the next step on. `changes`: some of LIVE_FIELDS; of drafting
+        all (`llmlab.assembly.redrafted`). Drafts that were proposed before are still verified. Raises ConfigError, and changes nothing, for an unknown policy or if a request that is here would not fit any more."""
+        blocks, seams = changes.get("num_blocks"), [n for n in changes if n in SEAM_FIELDS and n != "draft_policy"]
         if blocks is not None:
             self._check_pool(blocks)
         made = {name: self._reseat(name, changes[name]) for name in seams}
-        shown = {name: policy_name(value) if name in seams and not isinstance(value, str) else value
+        if "speculation" in changes:
+            made |= self._redraft(changes)
+        named = (*SEAM_FIELDS, "speculation")
+        shown = {name: policy_name(value) if name in named and not isinstance(value, str | None) else value
                  for name, value in changes.items()}  # fmt: skip
         self.log.emit(ev.Reconfigured, now=now, changes=shown)
         self.memory.pool.choose = made.pop("eviction", self.memory.pool.choose)
-        drafting, lengths = self.policies.drafting, made.pop("draft_policy", None)
-        if drafting is not None and lengths is not None:
-            made["drafting"] = drafting._replace(seam=lengths)
         self.adopt(self.policies._replace(**made), now)
         limits = {name: changes[name] for name in ("max_num_batched_tokens", "max_num_seqs") if name in changes}
         if blocks is not None:
             self.memory.resize(blocks)
             limits["max_model_len"] = min(self._longest, blocks * self.memory.block_size)
         self.limits = self._journal.limits = self._viewer.limits = msgspec.structs.replace(self.limits, **limits)
+
+    def _redraft(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The policies of another drafting side; who decodes plainly verifies from now on, and keeps to it."""
+        drafting = self._reseat("drafting", changes)
+        if drafting is None or "decoding" in changes or self.policies.decoding.policy_name != "autoregressive":
+            return {"drafting": drafting}
+        return {"drafting": drafting, "decoding": self._reseat("decoding", "speculative")}
 
     def _check_pool(self, num_blocks: int) -> None:
         longest = max((seq.request.max_total_tokens for seq in self.sequences.values()), default=1)

@@ -436,7 +436,7 @@ class Frames:
             "budgets": self._budgets, "pools": self._pools,
             "num_blocks": max((blocks for _, blocks in self._pools), default=0),
             "block_size": int(config.get("block_size") or 0),
-            "policies": {k: str(config[k]) for k in ("ordering", "composer", "victim", "tiering") if config.get(k)},
+            "policies": {k: str(config[k]) for k in ("ordering", "composer", "victim", "tiering", "speculation") if config.get(k)},
         }  # fmt: skip
 
 

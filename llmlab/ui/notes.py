@@ -137,7 +137,7 @@ def _said(event: ev.Event) -> Sequence[str] | None:
     if isinstance(event, ev.ReserveFailed):
         return "full", f"needs {count(event.need, 'block')}, {event.free} free"
     if isinstance(event, ev.Reconfigured):
-        return "set", ", ".join(f"{name} {value}" for name, value in event.changes.items())
+        return "set", ", ".join(f"{name} {value}" for name, value in event.changes.items() if name != "draft")
     if isinstance(event, ev.RequestRefused):
         return "refuse", event.reason
     if isinstance(event, ev.PolicyFailed):

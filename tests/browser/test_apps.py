@@ -57,6 +57,13 @@ def test_engine_room(browser: Any, lab: str, screenshots: Path) -> None:
     page.changes(lambda: page.text(".llt .facts"), lambda: page.choose("who goes first", "sjf_oracle"), "ordering")
     page.changes(lambda: page.text(".llt .facts"), lambda: page.choose("a step is", "prefill_first"), "composer")
     page.changes(lambda: page.text(".llt .facts"), lambda: page.choose("the preempted", "swap"), "tiering")
+    page.changes(lambda: page.text(".llt .facts"), lambda: page.choose("drafts from", "n-grams of its own text"), "drafts")
+    page.becomes(lambda: bool(re.search(r"Drafts of ngram: \d+% of \d+ tokens held", page.text())), "no draft is verified")
+    for words, name in (("suffixes of all texts", "suffix"), ("a smaller model (lab-xs)", "lab-xs")):
+        page.choose("drafts from", words)
+        page.becomes(lambda name=name: bool(re.search(rf"Drafts of {name}: \d+% of", page.text())), f"{name} does not draft")
+    page.choose("drafts from", "nobody")
+    page.becomes(lambda: "Drafts of" not in page.text(), "drafting cannot be switched off")
     page.slide("token budget", "ArrowLeft", 2)
     page.becomes(lambda: "tokens of 32" in page.text(".llt .tiles"), "the budget does not change")
     page.slide("KV blocks", "ArrowLeft", 3)

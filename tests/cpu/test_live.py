@@ -57,6 +57,19 @@ def test_knobs_hold_from_the_next_step_on_and_wrong_ones_are_noted(live: LiveEng
     assert max(step.num_tokens for step in run.steps if step.step > seen) <= 16
 
 
+def test_drafts_come_and_go_while_it_runs(live: LiveEngine) -> None:
+    assert live.drafts() is None
+    with live.watching():
+        for source in ("ngram", "lab-xs"):
+            live.turn_to(speculation=source)
+            assert eventually(lambda s=source: (d := live.drafts()) is not None and d.source == s and d.held > 0), live.notes
+        live.turn_to(speculation=None)
+        assert eventually(lambda: live.drafts() is None)
+        seen = live.vitals.num_finished
+        assert eventually(lambda: live.vitals.num_finished > seen), live.state
+    assert not live.notes and live.engine is not None and live.engine.scheduler.problems() == []
+
+
 def test_a_prompt_of_ones_own_and_a_long_one(live: LiveEngine) -> None:
     with live.watching():
         mine, long = live.send("<slow>12*34?"), live.drop_long_prompt()

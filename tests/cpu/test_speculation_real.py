@@ -131,6 +131,20 @@ def test_the_draft_model_reads_a_shared_prompt_once(oracle: Oracle) -> None:
     assert first >= len(PROMPTS[4]) and again <= first - 16
 
 
+def test_sources_may_change_between_two_steps(oracle: Oracle) -> None:
+    choices = [None, *sources(oracle).values()]
+    with tiny_engine(oracle.directory, num_blocks=200, overlap_depth=1) as engine:
+        names = [engine.add_request(prompt, greedy(16)) for prompt in PROMPTS]
+        done = {}
+        while engine.has_unfinished_requests():
+            engine.reconfigure(speculation=choices[engine.scheduler.next_step % len(choices)])
+            done |= {output.request_id: output for output in engine.step()}
+        drafted = {event.source for event in engine.log.filter(ev.Drafted)}
+    assert len(drafted) > 2
+    for name, prompt in zip(names, PROMPTS, strict=True):
+        assert tokens_of(done[name]) == [oracle.greedy(prompt, 16)]
+
+
 # ------------------------------------------------------------------------------------- more than greedy
 MANY = [
     SamplingParams(max_tokens=12, temperature=0.8, ignore_eos=True), SamplingParams(max_tokens=12, temperature=1.5, top_p=0.7, seed=3),

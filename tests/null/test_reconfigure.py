@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 import llmlab
 from llmlab.events import catalog as ev
 from llmlab.replaying import replay_decisions
+from llmlab.speculating import Simulated
 from llmlab.types import ConfigError
 
 KNOBS = {
     "ordering": ["fcfs", "sjf_oracle", "ljf"], "composer": ["chunked", "prefill_first", "decode_first"],
     "tiering": ["recompute", "swap", "cheapest"], "victim": ["last_come", "most_blocks"], "eviction": ["lru", "deepest_first"],
     "max_num_batched_tokens": [8, 64, 512], "max_num_seqs": [1, 4, 16], "num_blocks": [10, 14, 20],
+    "speculation": ["ngram", None, Simulated((0.8, 0.6), "lab-xs")], "draft_policy": ["fixed", "ewma", "goodput"],
+    "num_speculative_tokens": [1, 3, 6],
 }  # fmt: skip
 
 
@@ -76,8 +79,9 @@ def test_a_change_of_the_budget_holds_from_the_next_step_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"model": "lab-xs"}, {"ordering": "nobody"}, {"num_blocks": 1}, {"num_blocks": 21}, {"max_num_seqs": 0}]
-)
+    "change", [{"model": "lab-xs"}, {"ordering": "nobody"}, {"num_blocks": 1}, {"num_blocks": 21}, {"max_num_seqs": 0},
+               {"speculation": "lab-xs"}, {"speculation": "ngram", "draft_policy": "nobody"}, {"num_speculative_tokens": 0}]
+)  # fmt: skip
 def test_what_cannot_be_is_refused_and_changes_nothing(change: dict[str, Any]) -> None:
     engine = loaded()
     engine.step()
@@ -102,3 +106,35 @@ def test_a_fork_goes_on_with_the_settings_of_its_time() -> None:
     turned = [e.changes for e in fork.events("Reconfigured")]
     assert turned == [{"ordering": "ljf", "max_num_batched_tokens": 32}, {"composer": "prefill_first", "victim": "most_blocks"}]
     assert run.fork(at=7, victim="least_progress").events("Reconfigured")[-1].changes == {"composer": "prefill_first"}
+
+
+def test_drafts_may_come_and_go() -> None:
+    engine = loaded()
+    for choice in ("ngram", None, Simulated((0.9,), "lab-xs"), None):
+        for _ in range(6):
+            engine.step()
+        engine.reconfigure(speculation=choice)
+    run = to_the_end(engine)
+    turned = [e.seq for e in run.events("Reconfigured")]
+    drafted = [e.seq for e in run.events("Drafted")]
+    between = [sum(a < seq < b for seq in drafted) for a, b in zip([0, *turned], [*turned, 10**9])]
+    assert between[0] == between[4] == 0 < between[3], "the sources draft while they are asked, and only then"
+    assert between[2] == 0, "drafts go on behind their end"
+    assert {e.source for e in run.events("Drafted") if e.seq > turned[2]} == {"simulated lab-xs"}
+    assert run.verify() == [] and replay_decisions(run).differences == []
+
+
+def test_a_fork_drafts_as_its_parent_did_by_then() -> None:
+    engine = loaded()
+    for _ in range(5):
+        engine.step()
+    engine.reconfigure(speculation=Simulated((0.9,), "lab-xs"))
+    for _ in range(8):
+        engine.step()
+    engine.reconfigure(speculation=None)
+    run = to_the_end(engine)
+    for at in (2, 8, 14):
+        fork = run.fork(at=at)
+        assert fork.events("Drafted"), f"at {at}"
+        assert [e.changes["speculation"] for e in fork.events("Reconfigured")] == ["simulated lab-xs", None]
+        assert max(e.step for e in fork.events("Drafted")) <= 14
