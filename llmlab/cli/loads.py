@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 REQUESTS, RATE = 200, 1.0
 PROMPT_LEN, OUTPUT_LEN = "lognormal:256,1.0", "lognormal:64,0.8"
-AXES = ("requests", "rate", "like", "shared_prefix")  # what a sweep may vary; lengths have commas of their own
+AXES = ("requests", "rate", "cv", "prompt_len", "output_len", "like", "shared_prefix")  # what a sweep may vary
 _PANEL = "The workload"
 
 

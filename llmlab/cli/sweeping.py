@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from llmlab.sweeping import Row
 
 _PANEL = "The sweep"
+_LOAD_KINDS: Mapping[str, type] = {"requests": int, "rate": float, "cv": float, "shared_prefix": int}
 # Metric of a row, head of its column, and whether it is in seconds; what matters most first: narrow terminals show fewer.
 COLUMNS = (("p90_ttft", "TTFT p90", True), ("p90_e2e", "E2E p90", True), ("output_throughput", "tok/s", False),
            ("num_preemptions", "preempted", False), ("num_refused", "refused", False), ("p50_tpot", "TPOT p50", True), ("p50_ttft", "TTFT p50", True))  # fmt: skip
@@ -30,6 +32,8 @@ EXAMPLES = """
 [cyan]llmlab sweep --set hardware=t4,a10,a100 --set rate=0.5,1,2,4 --like azure-conv-2023 --jobs 2[/cyan]
 
 [cyan]llmlab sweep --set ordering=fcfs,my_orders.py:ShortestPrompt --seeds 5[/cyan]   a policy of your own
+
+[cyan]llmlab sweep --set 'prompt_len="lognormal:1020,1.1","lognormal:300,0.8",512'[/cyan]   values with commas stand in quotes
 """
 
 
@@ -48,7 +52,7 @@ def add_to(app: typer.Typer) -> None:
 @load_options
 def sweep(
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=A,B,...", rich_help_panel=_PANEL,
-        help=f"Values of one setting; may be repeated. Any field of EngineConfig, or of the workload: {', '.join(AXES)}.")] = None,
+        help=f"Values of one setting; a value with commas stands in double quotes. May be repeated, for another setting or for more values of one. Any field of EngineConfig, or of the workload: {', '.join(AXES)}.")] = None,
     seeds: Annotated[int, typer.Option(min=1, rich_help_panel=_PANEL, help="Workloads for each setting, drawn from this many seeds.")] = 1,
     output: Annotated[Path | None, typer.Option("--output", "-o", rich_help_panel=_PANEL,
         help="Rows as .jsonl, one a point, written as they come. A later sweep with this file runs only what it lacks.")] = None,
@@ -82,12 +86,13 @@ def sweep(
 
 # ------------------------------------------------------------------------------------------- the grid
 def axes_of(settings: Sequence[str]) -> Axes:
-    """The values of every `NAME=A,B,...`, in the types of their fields. Raises ConfigError."""
+    """The values of every `NAME=A,"B,C",...`, in the types of their fields; a name that comes again adds values. Raises
+    ConfigError."""
     from llmlab.cli.options import _scalar
     from llmlab.config import EngineConfig
 
     kinds = {name: _scalar(hint) for name, hint in get_type_hints(EngineConfig).items() if name != "trace"}
-    load_kinds = {"requests": int, "rate": float, "like": str, "shared_prefix": int}
+    load_kinds = {name: _LOAD_KINDS.get(name, str) for name in AXES}
     axes = Axes({}, {})
     for text in settings:
         name, equals, values = text.partition("=")
@@ -96,11 +101,19 @@ def axes_of(settings: Sequence[str]) -> Axes:
             raise ConfigError("set", text, "is not NAME=A,B,...", "Write --set ordering=fcfs,sjf_oracle.")
         if name not in kinds and name not in load_kinds:
             raise unknown_name("set", name, (*kinds, *load_kinds))
-        if name in axes.fields or name in axes.loads:
-            raise ConfigError("set", text, f"{name} was set before", "Write all its values in one --set.")
         place, kind = (axes.fields, kinds[name]) if name in kinds else (axes.loads, load_kinds[name])
-        place[name] = [_value(name, part.strip(), kind) for part in values.split(",")]
+        place.setdefault(name, []).extend(_value(name, part, kind) for part in _parts(text, values))
     return axes
+
+
+def _parts(text: str, values: str) -> list[str]:
+    """What stands between commas; in double quotes a comma is one of the value's own."""
+    try:
+        parts = next(csv.reader([values], skipinitialspace=True, strict=True))
+    except csv.Error:
+        raise ConfigError("set", text, "has a quotation mark too many or too few",
+                          """Write --set 'prompt_len="lognormal:1020,1.1","uniform:16,128"'.""") from None  # fmt: skip
+    return [part.strip() for part in parts]
 
 
 def _value(name: str, text: str, kind: type) -> Any:
@@ -113,12 +126,30 @@ def _value(name: str, text: str, kind: type) -> Any:
         if text.lower() not in ("true", "false"):
             raise ConfigError(name, text, "must be true or false")
         return text.lower() == "true"
+    if name in ("prompt_len", "output_len"):
+        return _length(name, text)
     try:
         return with_plug_ins({name: kind(text)})[name]
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(name, text, f"must be a number ({kind.__name__})") from None
+
+
+def _length(name: str, text: str) -> str:
+    """A length model, as text. Raises ConfigError, at once, for a form that nobody can read."""
+    import numpy as np
+
+    from llmlab.cli.jobs import length_model
+    from llmlab.workloads.lengths import draw
+
+    plain = text.replace(" ", "")
+    try:
+        draw(length_model(plain), np.random.default_rng(0), 1, name)
+    except ConfigError as error:
+        quoted = f"""{name}="lognormal:1020,1.1","uniform:16,128\""""
+        raise ConfigError(name, text, error.problem, f"A value with commas stands in quotes: --set '{quoted}'.") from None
+    return plain
 
 
 def _drawn(load: LoadChoice) -> bool:

@@ -334,6 +334,28 @@ def test_sweep_over_the_workload(tmp_path: Path) -> None:
     assert "rate" in call(*GRID, "--set", "rate=50,5000").output
 
 
+def test_values_with_commas_stand_in_quotes_and_a_flag_may_come_again() -> None:
+    axes = sweeping.axes_of(['prompt_len="lognormal:102,1.1", "16, 64",40', "rate=5", "output-len=3", "rate=7,9"])
+    assert axes.loads == {"prompt_len": ["lognormal:102,1.1", "16,64", "40"], "output_len": ["3"], "rate": [5.0, 7.0, 9.0]}
+    words = [word for word in GRID if word not in ("--prompt-len", "16,80")]
+    result = call(*words, "--set", 'prompt_len="uniform:16,17","80,81"', "--set", "prompt_len=40", "--json")
+    rows = [json.loads(line) for line in result.output.splitlines() if line.startswith("{")]
+    assert [row["workload"] for row in rows] == ["prompt_len=uniform:16,17", "prompt_len=80,81", "prompt_len=40"]
+    assert rows[0]["prompt_tokens"] < rows[2]["prompt_tokens"] < rows[1]["prompt_tokens"]
+    table = call(*words, "--set", 'prompt_len="uniform:16,17",40').output
+    assert re.search(r"^uniform:16,17 ", table, re.MULTILINE) and re.search("^40 ", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("prompt_len=lognormal:1020,1.1", """prompt_len="lognormal:1020,1.1","uniform:16,128\""""),
+    ('prompt_len="lognormal:1020,1.1', "quotation mark"),
+    ('output_len="3,x"', "stands in quotes"),
+])  # fmt: skip
+def test_lengths_that_cannot_be_read_are_told_at_once(text: str, message: str) -> None:
+    result = call(*GRID[:-6], "--set", text)
+    assert result.exit_code == 2 and message in re.sub(r"\s*\n\s*", "", said(result)).replace("│", ""), said(result)
+
+
 def test_refused_requests_get_a_column() -> None:
     head = call(*GRID, "--set", "ordering=fcfs,ljf").stdout.splitlines()[1]
     assert "preempted" in head
@@ -533,7 +555,6 @@ def test_quantities_have_a_prefix_and_three_digits(value: float) -> None:
     ([*GRID, "--set", "ordering"], "is not NAME=A,B"),
     ([*GRID, "--set", "odering=fcfs"], "Did you mean 'ordering'"),
     ([*GRID, "--set", "num_blocks=many"], "must be a number (int)"),
-    ([*GRID, "--set", "num_blocks=1", "--set", "num_blocks=2"], "was set before"),
     ([*GRID, "--backend", "clouds"], "backend='clouds'"),
     ([*GRID, "--jobs", "0"], "workers=0"),
     ([*GRID, "--set", "trace=a.jsonl"], "set='trace'"),
