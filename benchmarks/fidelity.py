@@ -85,7 +85,7 @@ def about(raw: Any, profile: Any) -> dict[str, Any]:
     return {
         "machine": str(profile.machine), "threads": profile.machine.threads, "date": profile.date,
         "software": dict(profile.software), "engine": asdict(profile.engine),
-        "factors": {part: factor(raw, profile, part) for part in ("tokens", "attention", "emit")},
+        "wake": profile.wake, "factors": factors(raw, profile),
     }  # fmt: skip
 
 
@@ -233,12 +233,12 @@ def ranking(real: dict[str, float], sim: dict[str, float]) -> dict[str, Any]:
     return {"real": orders[0], "simulated": orders[1], "correlation": float(np.corrcoef(ranks)[0, 1])}
 
 
-def factor(raw: Any, profile: Any, part: str) -> float:
-    """What calibration multiplied a part with."""
-    before, after = (
-        (getattr(p, part) if part != "attention" else p.attention.curves[0]).seconds[0] for p in (raw, profile)
-    )
-    return float(after / before)
+def factors(raw: Any, profile: Any) -> dict[str, list[float]]:
+    """What calibration multiplied the parts with: the layers by tokens, attention, scores, preparing; each at a few points."""
+    curves = {"tokens": (raw.tokens, profile.tokens), "emit": (raw.emit, profile.emit),
+              "attention": (raw.attention.curves[0], profile.attention.curves[0])}  # fmt: skip
+    found = {name: [round(b / a, 2) for a, b in zip(old.seconds, new.seconds)] for name, (old, new) in curves.items()}
+    return {**found, "prepare": [round(profile.prepare.at(n, n, n) / raw.prepare.at(n, n, n), 2) for n in (1, 4, 12)]}
 
 
 # ----------------------------------------------------------------------------------------- the parent

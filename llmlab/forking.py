@@ -110,7 +110,8 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     scheduler.log.append(_forked_start(run, at, changes))
     config = recorded_config(run, **{**(recorded or {}), **changes})
     engine = _engine(run, config, scheduler, clock)
-    position = _replay_until(run, scheduler, clock, at, _Memory(run, engine))
+    memory = _Memory(run, engine)
+    position = _replay_until(run, scheduler, clock, at, memory)
     _prove(run, scheduler, position, at)
     engine.config = recorded_config(run, **{**(recorded or {}), **_turned(run, position), **changes})
     drafting = engine.redraft(engine.config)
@@ -119,7 +120,7 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     scheduler.adopt(policies, clock.now())
     scheduler.memory.pool.choose = eviction_chooser(engine.config, scheduler.log)
     flying = _in_flight(run, scheduler, position)
-    engine.executor.occupy(max((done.t for done in flying), default=0.0))  # type: ignore[attr-defined]
+    engine.executor.occupy(memory.busy_until)  # type: ignore[attr-defined]
     _continue(run, engine, position, flying, changes)
     return list(scheduler.log)
 
@@ -150,14 +151,14 @@ class _Memory:
         self._ends = {e.step: e.t for e in run.log_events if isinstance(e, ev.StepFinished)}
         self._engine = engine
         self._simulated = run.mode == "simulated"
-        self._busy_until = 0.0
+        self.busy_until = 0.0  # by the steps planned so far
 
     def planned(self, event: ev.StepPlanned) -> None:
         plan = StepPlan(event.step, event.items, event.moves)
         if self._simulated and (plan.moves or "cpu" in [item.device for item in plan.items]):
-            self._engine.executor.resume(self._engine.batch_of(plan), self._busy_until)  # type: ignore[attr-defined]
+            self._engine.executor.resume(self._engine.batch_of(plan), self.busy_until)  # type: ignore[attr-defined]
         if plan.items or plan.moves:
-            self._busy_until = max(self._busy_until, self._ends.get(event.step, 0.0))
+            self.busy_until = max(self.busy_until, self._ends.get(event.step, 0.0))
 
 
 def _replay_until(run: Run, scheduler: Scheduler, clock: ReplayClock, at: int, memory: _Memory) -> int:

@@ -19,6 +19,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ from roofline.precision import Precision, canonical
 from roofline.rows import Rows, leaving, segments
 from roofline.shapes import Shape
 
-SCHEMA = 1
+SCHEMA = 2
 REMEMBERED = 1 << 18  # attention times kept by (query, kv)
 LINKS = ("h2d", "d2h", "d2d")
 PARTS = ("prepare", "tokens", "attention", "emit")
+KNOTS = (1.0, 4.0, 16.0, 64.0, 256.0)  # new tokens of a step at which calibration corrects the layers
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -134,20 +136,28 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Seconds that grow with what a step holds: its rows, its new tokens, the tokens that rows see."""
+    """Seconds that grow with what a step holds: its rows, its new tokens, the tokens that rows see, and its rows that
+    begin (whose new tokens are all that they see: a request is let in, its tokens are listed)."""
 
     step: float = 0.0
     row: float = 0.0
     token: float = 0.0
     kv_token: float = 0.0
+    begin: float = 0.0
 
     def __post_init__(self) -> None:
         for column in fields(self):
             non_negative(column.name, getattr(self, column.name))
 
-    def at(self, rows: int, tokens: int, kv_tokens: int) -> float:
+    def at(self, rows: int, tokens: int, kv_tokens: int, beginning: int = 0) -> float:
         """Return the seconds of a step."""
-        return self.step + self.row * rows + self.token * tokens + self.kv_token * kv_tokens
+        return self.step + self.row * rows + self.token * tokens + self.kv_token * kv_tokens + self.begin * beginning
+
+    def of(self, rows: Rows) -> float:
+        """Return the seconds of a step over ``rows``."""
+        query, kv = rows.query, rows.kv
+        beginning = sum(map(eq, query, kv)) if self.begin else 0
+        return self.at(len(query), sum(query), sum(kv), beginning)
 
     def scaled(self, factor: float) -> Share:
         """Return the share with all times multiplied."""
@@ -173,7 +183,8 @@ class Machine:
 @dataclass(frozen=True)
 class Profile:
     """What one machine takes for one model. Seconds; `copies` by bytes, one way. `engine` is the time outside of the
-    executor (planning, committing, answers), zero where no run was measured. `cpu_attention`: of the host beside a GPU.
+    executor (planning, committing, answers), zero where no run was measured; `wake`: what an engine that waits for the next
+    arrival loses until it has noticed it (a sleep ends late). `cpu_attention`: of the host beside a GPU.
     `base` names the table entry that power and link latencies are taken from.
     """
 
@@ -194,6 +205,7 @@ class Profile:
     products: tuple[Product, ...]
     copies: Mapping[str, Curve]
     engine: Share = field(default_factory=Share)
+    wake: float = 0.0
     cpu_attention: AttentionTable | None = None
     notes: str = ""
     schema: int = SCHEMA
@@ -208,6 +220,7 @@ class Profile:
             raise RooflineError(f"products needs at least 2 matrices, got {len(self.products)}")
         positive("memory_bytes", self.memory_bytes)
         non_negative("launch", self.launch)
+        non_negative("wake", self.wake)
         canonical(self.dtype)
 
     @property
@@ -292,7 +305,7 @@ class ProfileCost:
 
     def pause(self, rows: Rows) -> float:
         """Return the seconds of preparing a step's inputs."""
-        return self.profile.prepare.at(len(rows.query), sum(rows.query), sum(rows.kv)) if rows.query else 0.0
+        return self.profile.prepare.of(rows) if rows.query else 0.0
 
     def around_attention(self, tokens: int, layer: int, experts: float | None = None) -> AroundAttention:
         """Return a layer's share of the measured step, cut around its attention as the roofline would."""
@@ -324,7 +337,7 @@ class ProfileCost:
 
     def engine_seconds(self, rows: Rows) -> float:
         """Return the time of a step outside of the executor."""
-        return self.profile.engine.at(len(rows.query), sum(rows.query), sum(rows.kv))
+        return self.profile.engine.of(rows)
 
     def _token_seconds(self, tokens: int) -> float:
         found = self._by_tokens.get(tokens)
@@ -414,59 +427,97 @@ class _Moved:
 @dataclass(frozen=True, slots=True)
 class Observation:
     """One step that really ran: its rows, the executor's seconds, and the seconds between it and the step before that
-    the executor was not running (None if the engine was waiting for an arrival, too)."""
+    the executor was not running (None if the engine was waiting for an arrival, too). `woken`: then instead the seconds
+    from that arrival to the step's end without the executor's."""
 
     rows: Rows
     seconds: float
     engine: float | None = None
+    woken: float | None = None
 
 
 def calibrated(profile: Profile, observed: Iterable[Observation]) -> Profile:
-    """Return the profile with each part multiplied so that it tells the steps of one run best, and with the engine's
+    """Return the profile with its parts multiplied so that they tell the steps of one run best, and with the engine's
     own time from the same run.
 
-    Least squares on relative errors with a pull towards 1, in which the worst 5 % of the steps (interruptions) have no say.
-    Needs at least 20 steps of the profile's own model.
+    The layers get a factor at each of `KNOTS` (a power law between two), every other part one factor, and rows that begin
+    seconds of their own. Least squares on relative errors with a pull towards 1, in which the worst 5 % of the steps
+    (interruptions) have no say. Needs at least 20 steps of the profile's own model.
     """
     steps = list(observed)
     if len(steps) < 20:
         raise RooflineError(f"calibrating needs at least 20 steps, got {len(steps)}")
     cost = ProfileCost(profile)
-    parts = np.array([[*cost.parts(step.rows).values()] for step in steps])
-    factors = dict(zip(PARTS, _factors(parts, np.array([step.seconds for step in steps])).tolist()))
+    table = np.array([_columns(cost, step.rows) for step in steps])
+    found = _factors(table, np.array([step.seconds for step in steps])).tolist()
+    by_size, (prepare, attention, emit, begin) = found[: len(KNOTS)], found[len(KNOTS) :]
+    scaled = profile.prepare.scaled(prepare)
+    engine, wake = _engine_share(steps), profile.wake
+    if engine is not None and (woken := [step.woken - engine.of(step.rows) for step in steps if step.woken is not None]):
+        wake = max(0.0, float(np.median(woken)))
     return replace(
-        profile, prepare=profile.prepare.scaled(factors["prepare"]), tokens=profile.tokens.scaled(factors["tokens"]),
-        attention=profile.attention.scaled(factors["attention"]), emit=profile.emit.scaled(factors["emit"]),
-        engine=_engine_share(steps) or profile.engine,
+        profile, prepare=replace(scaled, begin=scaled.begin + begin * BEGIN), tokens=_reshaped(profile.tokens, by_size),
+        attention=profile.attention.scaled(attention), emit=profile.emit.scaled(emit), engine=engine or profile.engine, wake=wake,
     )  # fmt: skip
 
 
-def _factors(parts: np.ndarray, seconds: np.ndarray, pull: float = 0.05) -> np.ndarray:
-    """Factors of the columns of `parts` [steps, parts] that bring their sums closest to `seconds` [steps].
+BEGIN = 1e-4  # seconds: the unit of what a beginning row takes, while it is looked for
 
-    Errors are relative to the sums as they were, so that noise that only ever delays moves the mean, not more."""
-    shares, wanted = parts / parts.sum(axis=1, keepdims=True), seconds / parts.sum(axis=1)
-    weight = np.diag(math.sqrt(pull * len(shares)) * shares.mean(axis=0))
-    factors, kept = np.ones(shares.shape[1]), np.full(len(shares), True)
-    for _ in range(4):
-        missing = np.concatenate([(wanted - shares.sum(axis=1))[kept], np.zeros(len(factors))])
-        change, *_ = np.linalg.lstsq(np.vstack([shares[kept], weight]), missing, rcond=None)
-        factors = np.clip(1 + change, 0.3, 3.0)
-        wrong = np.abs(shares @ factors - wanted)
+
+def _columns(cost: ProfileCost, rows: Rows) -> list[float]:
+    """Seconds of a step by what gets a factor of its own: the layers at each of `KNOTS`, the other parts, beginning rows."""
+    parts = cost.parts(rows)
+    tokens = [parts["tokens"] * share for share in _shares(float(sum(rows.query)))]
+    return [*tokens, parts["prepare"], parts["attention"], parts["emit"], BEGIN * sum(map(eq, rows.query, rows.kv))]
+
+
+def _shares(tokens: float) -> list[float]:
+    """How much each of `KNOTS` has to say about a step of so many tokens; 1 together."""
+    at = np.interp(math.log(max(tokens, 1.0)), np.log(KNOTS), np.arange(len(KNOTS)))
+    return [max(0.0, 1.0 - abs(float(at) - knot)) for knot in range(len(KNOTS))]
+
+
+def _reshaped(curve: Curve, factors: Sequence[float]) -> Curve:
+    """A curve over tokens, multiplied with factors that hold at `KNOTS`."""
+    by = [sum(share * factor for share, factor in zip(_shares(x), factors)) for x in curve.x]
+    return Curve(curve.x, tuple(seconds * factor for seconds, factor in zip(curve.seconds, by)))
+
+
+def _factors(table: np.ndarray, seconds: np.ndarray, pull: float = 0.01) -> np.ndarray:
+    """Factors of the columns of `table` [steps, parts] that bring their sums closest to `seconds` [steps].
+
+    Errors are relative to the sums as they are told, so that noise that only ever delays moves the mean, not more. Every
+    factor is pulled to 1 (that of the last column to 0), those of the knots to their neighbours, too."""
+    knots, prior = len(KNOTS), np.array([*[1.0] * (table.shape[1] - 1), 0.0])
+    factors, kept = prior, np.full(len(table), True)
+    steps = np.eye(knots - 1, len(prior), 1) - np.eye(knots - 1, len(prior))  # from one knot to the next
+    for _ in range(6):
+        told = (table @ factors)[:, None]
+        weight = math.sqrt(pull * len(table)) * np.maximum((table / told).mean(axis=0), 0.02)
+        rows = np.vstack([(table / told)[kept], np.diag(weight), 0.05 * math.sqrt(pull * len(table)) * steps])
+        wanted = np.concatenate([(seconds / told[:, 0])[kept], weight * prior, np.zeros(knots - 1)])
+        found, *_ = np.linalg.lstsq(rows, wanted, rcond=None)
+        factors = np.clip(found, [*[0.1] * (len(prior) - 1), 0.0], [*[5.0] * (len(prior) - 1), np.inf])
+        wrong = np.abs(table @ factors / seconds - 1)
         kept = wrong <= np.quantile(wrong, 0.95)
     return np.asarray(factors)
 
 
 def _engine_share(steps: Sequence[Observation]) -> Share | None:
-    """Engine seconds as a constant and a slope per row; extremes are cut at their 1st and 99th percentile."""
-    found = [(len(s.rows), s.engine) for s in steps if s.engine is not None]
+    """Engine seconds as a constant, a slope per row and one per row that begins, all positive or left out; extremes are cut
+    at their 1st and 99th percentile."""
+    found = [(1.0, len(s.rows), sum(map(eq, s.rows.query, s.rows.kv)), s.engine) for s in steps if s.engine is not None]
     if len(found) < 20:
         return None
-    rows, seconds = np.array(found, np.float64).T
-    seconds = np.clip(seconds, *np.quantile(seconds, [0.01, 0.99]))
-    slope = max(0.0, float(np.cov(rows, seconds)[0, 1] / rows.var())) if rows.var() > 0 else 0.0
-    constant = max(0.0, float(seconds.mean() - slope * rows.mean()))
-    return Share(constant, slope if constant else float(seconds.mean() / rows.mean()))
+    *columns, seconds = np.array(found, np.float64).T
+    seconds, kept = np.clip(seconds, *np.quantile(seconds, [0.01, 0.99])), [0, 1, 2]
+    while True:
+        weights, *_ = np.linalg.lstsq(np.array([columns[i] for i in kept]).T, seconds, rcond=None)
+        if (weights >= 0).all():
+            break
+        kept.remove(kept[int(weights.argmin())])
+    step, row, begin = (dict(zip(kept, weights.tolist())).get(i, 0.0) for i in range(3))
+    return Share(step, row, begin=begin)
 
 
 # ------------------------------------------------------------------------------------------- files

@@ -101,6 +101,11 @@ class RooflineCost:
         """What the engine itself needs for such a step, as far as it was measured: planning, committing, answers."""
         return self.model.engine_seconds(rows_of(items)) if isinstance(self.model, ProfileCost) else 0.0
 
+    @property
+    def wake(self) -> float:
+        """Seconds that an engine without work loses until it has noticed an arrival, as far as they were measured."""
+        return self.model.profile.wake if isinstance(self.model, ProfileCost) else 0.0
+
     def swap(self, num_blocks: int) -> Cost:
         size = num_blocks * self._block_bytes
         if "host" in self.hardware.links:
@@ -292,7 +297,7 @@ class WallCost:
 
     def __init__(self, cost: RooflineCost) -> None:
         self._cost = cost
-        self.swap, self.block_bytes = cost.swap, cost.block_bytes
+        self.swap, self.block_bytes, self.wake = cost.swap, cost.block_bytes, cost.wake
 
     def seconds(self, seen: Sequence[int], chunks: Sequence[Span], logits: int) -> float:
         engine = self._cost.model.engine_seconds if isinstance(self._cost.model, ProfileCost) else None

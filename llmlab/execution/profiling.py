@@ -174,10 +174,11 @@ class Bench:
     ) -> Callable[[], None]:
         """A call that runs one step, and notes its parts."""
         batch = self.batches.make(spans, emitting)
-        again = batch._replace(forget=tuple(row.request.id for row in batch.rows))
+        beginning = tuple(row.request.id for row in batch.rows if row.item.tokens[0] == 0)
+        again = batch._replace(forget=beginning)
 
         def run() -> None:
-            result = self.executor.submit(again).result()  # forgotten first, so that every run is the same
+            result = self.executor.submit(again).result()  # rows that begin are forgotten first, so that each run begins them
             if result.results[0].error is not None:
                 raise RooflineError(f"a step of {len(spans)} rows failed: {result.results[0].error}")
             if parts is not None:
@@ -226,20 +227,22 @@ class Bench:
 
     # ------------------------------------------------------------------------------- whole steps
     def prepare(self) -> Share:
-        """Seconds of making a step's inputs: least squares over rows, new tokens, and tokens seen."""
+        """Seconds of making a step's inputs: least squares over rows, new tokens, tokens seen, and rows that begin."""
         self.watch.point("preparing a step")
         features, seconds = [], []
         for spans in self._designs():
             parts: list[dict[str, float]] = []
             self.watch.seconds(self.caller(spans, 0, parts))
-            features.append([1.0, len(spans), sum(s.query for s in spans), sum(s.kv for s in spans)])
+            beginning = sum(s.query == s.kv for s in spans)
+            features.append([1.0, len(spans), sum(s.query for s in spans), sum(s.kv for s in spans), beginning])
             seconds.append(statistics.median(p["prepare"] for p in parts[1:]))
         table, times = np.array(features), np.array(seconds)
         return Share(*_not_negative(table / times[:, None], np.ones(len(times))))
 
     def _designs(self) -> Iterator[list[Lens]]:
         for rows in (1, 4, 16, 32):
-            for span in (Lens(1, 2), Lens(1, 512), Lens(min(16, self.max_tokens // rows), 64)):
+            chunk = min(16, self.max_tokens // rows)
+            for span in (Lens(1, 2), Lens(1, 512), Lens(chunk, 64), Lens(chunk, chunk)):
                 if span.kv <= self.max_len and span.query >= 1:
                     yield [span] * rows
         yield [Lens(self.max_tokens, self.max_tokens)]
@@ -253,7 +256,7 @@ class Bench:
             spans = [Lens(query, query)] * (tokens // query)
             spans += [Lens(tokens % query, tokens % query)] if tokens % query else []
             whole = self.watch.seconds(self.caller(spans, 0))
-            known = prepare.at(len(spans), tokens, tokens) + sum(attention.at(*span) for span in spans)
+            known = prepare.at(len(spans), tokens, tokens, len(spans)) + sum(attention.at(*span) for span in spans)
             points[tokens] = max(whole - known, 0.2 * whole)
         return _curve(points)
 
@@ -403,22 +406,28 @@ def observations(events: Iterable[ev.Event]) -> list[Observation]:
     """The steps of a measured run (log level 2 or more): rows, executor seconds, and the time between steps."""
     found: list[Observation] = []
     planned: dict[int, ev.StepPlanned] = {}
+    arrived: list[float] = []  # since the last step ended
     last: ev.StepFinished | None = None
     for event in events:
-        if isinstance(event, ev.StepPlanned) and event.items and not event.moves:
+        if isinstance(event, ev.RequestArrived):
+            arrived.append(event.spec.arrival)
+        elif isinstance(event, ev.StepPlanned) and event.items and not event.moves:
             planned[event.seq] = event
         elif isinstance(event, ev.StepFinished):
             plan = planned.pop(event.plan, None)
             if plan is not None and event.measured.execute > 0:
-                found.append(_observation(plan, event, last))
-            last = event
+                found.append(_observation(plan, event, last, arrived))
+            last, arrived = event, []
     return found
 
 
-def _observation(plan: ev.StepPlanned, done: ev.StepFinished, last: ev.StepFinished | None) -> Observation:
-    waited = last is None or last.num_running + last.num_waiting == 0
-    engine = None if waited or last is None else max(1e-7, done.t - last.t - done.measured.execute)
-    return Observation(rows_of(plan.items), done.measured.execute, engine)
+def _observation(plan: ev.StepPlanned, done: ev.StepFinished, last: ev.StepFinished | None, arrived: Sequence[float]
+                 ) -> Observation:  # fmt: skip
+    rows, seconds = rows_of(plan.items), done.measured.execute
+    if last is not None and last.num_running + last.num_waiting:
+        return Observation(rows, seconds, max(1e-7, done.t - last.t - seconds))
+    slept = last is not None and bool(arrived) and min(arrived) > last.t
+    return Observation(rows, seconds, woken=done.t - min(arrived) - seconds if slept else None)
 
 
 # --------------------------------------------------------------------------------------- command

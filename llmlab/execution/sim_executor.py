@@ -94,7 +94,10 @@ class SimTicket(NamedTuple):
 
 
 class LayeredCost(CostModel, Protocol):
-    """A cost model that also knows its steps by layer and resource."""
+    """A cost model that also knows its steps by layer and resource, and what it takes to notice an arrival."""
+
+    @property
+    def wake(self) -> float: ...
 
     def seconds(self, seen: Sequence[int], chunks: Sequence[Span], logits: int) -> float:
         """`step(...).seconds` of rows with one new token, which see `seen` tokens each, and of `chunks` of prompts."""
@@ -116,7 +119,7 @@ class SimExecutor:
         self._drafting = drafting
         self._texts: dict[str, list[int]] = {}
         self._cost = cost
-        self._layers = cost.layers()
+        self._layers, self._wake = cost.layers(), cost.wake
         self._tokens = tokens
         self._clock = clock
         self._description = description
@@ -159,7 +162,7 @@ class SimExecutor:
 
     def _place(self, batch: StepBatch, now: float) -> tuple[tuple[ResourceSpan, ...], Durations]:
         """Put a step on the timelines; its arithmetic begins when that of the step before has ended."""
-        start = max(now, self._busy_until)
+        start = self._busy_until if now <= self._busy_until else now + self._wake
         self._pending.prune(start)
         spans, durations = self._place_step(batch, now, start)
         drafting = draft_seconds(self._drafting.cost, batch.plan.items) if self._drafting is not None else 0.0

@@ -127,7 +127,7 @@ def _set(data: Any, where: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(("where", "value", "said"), [
-    ("schema", 2, "schema is 2"), ("date", 3, "date: must be a text"), ("memory_bytes", "much", "memory_bytes: must be float"),
+    ("schema", 1, "schema is 1"), ("date", 3, "date: must be a text"), ("memory_bytes", "much", "memory_bytes: must be float"),
     ("memory_bytes", -1, "memory_bytes must be"), ("block_size", 1.5, "block_size: must be int"),
     ("dtype", "fp17", "unknown dtype 'fp17'"), ("tokens/seconds/2", "x", r"tokens.seconds\[2\]: must be float"),
     ("tokens/x/1", 0.5, "tokens: x must ascend"), ("emit/seconds/0", 0, "emit: seconds must be"),
@@ -268,6 +268,41 @@ def test_calibration_finds_what_a_run_says(profile: Profile) -> None:
     assert same_sizes(better.shape, profile.shape) and better.machine == profile.machine
 
 
+def test_calibration_tells_small_steps_from_large_ones_and_knows_who_begins(profile: Profile) -> None:
+    """A machine that is three times as fast at one row, as fast as told at 256 tokens, and owes 2e-4 s to every beginning."""
+    rng, cost, found = np.random.default_rng(0), ProfileCost(profile), []
+    for i in range(600):
+        rows = int(rng.integers(1, 24))
+        begins = rng.random() < 0.3
+        query = [*[1] * (rows - 1), int(rng.integers(16, 256)) if begins else 1]
+        seen = [1 + int(c) for c in rng.integers(1, 700, rows - 1)] + [query[-1] if begins else 300]
+        batch = Rows(query, seen, logits=rows)
+        parts = cost.parts(batch)
+        speed = np.interp(np.log(sum(query)), np.log([1, 256]), [1 / 3, 1.0])
+        seconds = sum(parts.values()) - (1 - speed) * parts["tokens"] + 2e-4 * begins
+        engine = 1e-4 + 1e-5 * rows + 3e-4 * begins
+        late = i % 50 == 49  # it had slept, and woke 0.7 ms after the arrival
+        found.append(Observation(batch, seconds, None if late else engine, engine + 7e-4 if late else None))
+    better = calibrated(profile, found)
+    wrong = [abs(ProfileCost(better).step(o.rows).seconds / o.seconds - 1) for o in found]
+    assert np.median(wrong) < 0.02 and np.quantile(wrong, 0.9) < 0.06
+    assert 0.8e-4 < better.prepare.begin < 2.2e-4  # a part of it the large steps' factor explains as well
+    assert (better.engine.step, better.engine.row, better.engine.begin) == pytest.approx((1e-4, 1e-5, 3e-4), rel=0.02)
+    assert better.wake == pytest.approx(7e-4, rel=0.02)
+
+
+def test_an_engine_that_slept_notices_an_arrival_late(profile: Profile, path: Path, tmp_path: Path) -> None:
+    sleepy = str(write(replace(profile, wake=0.25), tmp_path / "sleepy.json"))
+    workload = llmlab.Workload((0.5, 0.5, 4.0), (20, 20, 20), (3, 3, 3))
+    fields = {"model": "lab-s", "executor": "sim", "num_blocks": 64, "max_num_seqs": 1}
+    awake, slept = (llmlab.run(llmlab.EngineConfig(**fields, hardware=name), workload) for name in (str(path), sleepy))
+    later = [b.ttft - a.ttft for a, b in zip(awake.requests.values(), slept.requests.values())]
+    assert later == pytest.approx([0.25, 0.25, 0.25])  # the second waits behind the first, which was late; the third on its own
+    leaps = [llmlab.run(llmlab.EngineConfig(**fields, hardware=sleepy, log_level=level), workload) for level in (1, 2)]
+    assert [m.e2e for m in leaps[0].requests.values()] == pytest.approx([m.e2e for m in leaps[1].requests.values()], abs=1e-9)
+    assert slept.fork(at=3).metrics.e2e.mean == pytest.approx(slept.metrics.e2e.mean, abs=1e-9)
+
+
 def test_calibration_needs_steps(profile: Profile) -> None:
     with pytest.raises(RooflineError, match="at least 20 steps, got 3"):
         calibrated(profile, served(profile, {}, 0, count=3))
@@ -347,6 +382,6 @@ def test_bad_profiles_are_answered_with_the_way_out(path: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match="model='my-model'"):
         simulate(path, model="my-model")
     broken = tmp_path / "broken.json"
-    broken.write_text('{"schema": 1}')
+    broken.write_text('{"schema": 2}')
     with pytest.raises(ConfigError, match=r"broken.json: lacks machine"):
         simulate(broken)
