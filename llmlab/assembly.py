@@ -23,6 +23,7 @@ from llmlab.execution.base import Executor
 from llmlab.execution.cost import (
     DEFAULT_HOST,
     RooflineCost,
+    WithDrafts,
     find_profile,
     host_share,
     is_profile,
@@ -171,6 +172,8 @@ def build_scheduler(config: EngineConfig, cost: CostModel, limits: Limits, log: 
     memory = KVManager(num_blocks, num_host_blocks, config.block_size, config.enable_prefix_caching, log,
                        eviction_chooser(config, log))  # fmt: skip
     policies = policies_of(config, log, cost, drafts)
+    draft_cost = draft_cost_of(cost, drafts, config)
+    cost = cost if draft_cost is None else WithDrafts(cost, draft_cost)
     return Scheduler(policies, memory, cost, log, limits, config.view_cap, config.num_alternatives,
                      lambda seam, choice: reseated(config, log, seam, choice, cost))  # fmt: skip
 

@@ -442,6 +442,11 @@ class CostModel(Protocol):
         """One step that runs all `items` together."""
         ...
 
+    def plan(self, items: Sequence[WorkItem], moves: Sequence[Move], writes: Mapping[str, Sequence[int]]) -> Cost:
+        """A whole step on idle resources: items, copies of blocks beside them as far as they need not wait for each other,
+        drafting. `writes`: the device blocks that each request's item writes (asked for with `moves` only)."""
+        ...
+
     def swap(self, num_blocks: int) -> Cost:
         """Moving `num_blocks` blocks of KV over the host link, one way."""
         ...

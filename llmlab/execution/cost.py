@@ -8,18 +8,20 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from msgspec.structs import replace as replace_struct
 
 import llmlab
 from llmlab.execution.attention_cost import plan_cost
-from llmlab.execution.opgraph import Pending
+from llmlab.execution.opgraph import Pending, build
 from llmlab.execution.overlap import Overlap
 from llmlab.execution.timelines import Timelines, busy
-from llmlab.seams import CostModel, DraftOutlook
+from llmlab.seams import CostModel, DraftOutlook, LayerCost
 from llmlab.types import Cost, Move, Span, Traffic, WorkItem
 from roofline.cost import AroundAttention, Efficiency, StepCost
 from roofline.cost import CostModel as RooflineModel
@@ -49,7 +51,7 @@ class RooflineCost:
 
     def __init__(self, shape: Shape, hardware: Hardware | str, block_size: int, dtype: str | None = None,
                  host: Hardware | str | None = None, attention_plan: str = "ideal") -> None:  # fmt: skip
-        self.shape = shape
+        self.shape, self.block_size = shape, block_size
         self.host = host
         self.name = hardware if isinstance(hardware, str) else hardware.name
         self.dtype = dtype
@@ -71,13 +73,38 @@ class RooflineCost:
         return self._last[1]
 
     def _step(self, items: Sequence[WorkItem]) -> Cost:
+        if "cpu" in [item.device for item in items]:
+            return self._split(items, (), {})
+        cost = self._whole(items)
+        return Cost(cost.seconds, cost.flops, Traffic(hbm=cost.bytes_hbm), cost.joules, cost.bound)
+
+    def plan(self, items: Sequence[WorkItem], moves: Sequence[Move], writes: Mapping[str, Sequence[int]]) -> Cost:
+        if not moves and in_one_batch(items):
+            return self.step(items)
+        return self._split(items, moves, writes)
+
+    def _whole(self, items: Sequence[WorkItem]) -> StepCost:
         rows = rows_of(items, self.shape.num_layers)
         cost = self.model.step(rows)
         if self._planned is not None:
             cost = replace(cost, seconds=cost.seconds + self._planned.extra_seconds(rows))
-        if "cpu" in [item.device for item in items]:
-            return split_step(items, cost, self.layers())
-        return Cost(cost.seconds, cost.flops, Traffic(hbm=cost.bytes_hbm), cost.joules, cost.bound)
+        return cost
+
+    def _split(self, items: Sequence[WorkItem], moves: Sequence[Move], writes: Mapping[str, Sequence[int]]) -> Cost:
+        """What goes to several resources: the time of its ops on otherwise idle timelines. Operations and bytes of memory
+        are those of the whole model, wherever they are done."""
+        layers = self.layers()
+        time = placed_alone(items, moves, writes, layers, self._block_bytes / self.block_size / layers.num_layers)
+        sent = sum(item.num_tokens * (layers.num_layers if item.layers is None else item.layers[1] - item.layers[0])
+                   for item in items if item.device == "cpu")  # fmt: skip
+        h2d, d2h = layers.returned_bytes(sent), layers.sent_bytes(sent)
+        for move in moves:
+            h2d += layers.move_bytes(move) if move.kind == "swap_in" else 0.0
+            d2h += layers.move_bytes(move) if move.kind == "swap_out" else 0.0
+        whole = self._whole(items) if items else None
+        if whole is None:
+            return Cost(time.seconds, bytes=Traffic(h2d=h2d, d2h=d2h), bound=time.bound)
+        return Cost(time.seconds, whole.flops, Traffic(hbm=whole.bytes_hbm, h2d=h2d, d2h=d2h), whole.joules, time.bound)
 
     def layers(self) -> RooflineLayers:
         """The same cost by layer and resource, with the host that this model of cost was made with."""
@@ -223,16 +250,32 @@ def host_model(device: RooflineModel, host: Hardware | str) -> RooflineModel | f
     return RooflineModel(device.shape, hardware, precision, efficiency=efficiency_of(hardware))
 
 
-def split_step(items: Sequence[WorkItem], whole: StepCost, layers: RooflineLayers) -> Cost:
-    """A step some of whose items attend on the host: the time of its ops on otherwise idle timelines. Operations and
-    bytes of memory are those of the whole model, wherever they are done."""
-    overlap = Overlap(layers, 0.0, Timelines(), Pending())
-    seconds = overlap.place(items, (), 0.0)
-    work = busy(overlap.spans)
-    sent = sum(item.num_tokens * (layers.num_layers if item.layers is None else item.layers[1] - item.layers[0])
-               for item in items if item.device == "cpu")  # fmt: skip
-    traffic = Traffic(hbm=whole.bytes_hbm, h2d=layers.returned_bytes(sent), d2h=layers.sent_bytes(sent))
-    return Cost(seconds, whole.flops, traffic, whole.joules, max(work, key=lambda name: work[name]) if work else "")
+class Placed(NamedTuple):
+    """How long a step takes on otherwise idle timelines, and the resource that works longest."""
+
+    seconds: float
+    bound: str
+
+
+def placed_alone(items: Sequence[WorkItem], moves: Sequence[Move], writes: Mapping[str, Sequence[int]], layers: LayerCost,
+                 kv_bytes: float) -> Placed:  # fmt: skip
+    """A step placed as the simulated executor places it, with nothing left over from earlier ones. `kv_bytes` of one token
+    in one layer."""
+    homes = [item.home for item in items]
+    if "cpu" in homes or (not moves and "cpu" in [item.device for item in items]):
+        overlap = Overlap(layers, kv_bytes, Timelines(), Pending(), detailed=False)
+        seconds, work = overlap.place(items, moves, 0.0), overlap.busy
+    else:
+        graph = build(items, moves, writes, layers, Pending(), 0.0)
+        spans = Timelines().run(graph.ops, 0.0)
+        seconds, work = max((spans[i].end for i in graph.ends), default=0.0), busy(spans)
+    return Placed(seconds, max(work, key=lambda name: work[name]) if work else "")
+
+
+def in_one_batch(items: Sequence[WorkItem]) -> bool:
+    """Whether all items stay on the device, in one batch."""
+    placed = [(item.device, item.lane, item.home) for item in items]
+    return placed.count(("device", 0, "device")) == len(placed)
 
 
 class DraftCost:
@@ -247,6 +290,9 @@ class DraftCost:
         cost = self._cost.step(items)
         return Cost(max(0.0, cost.seconds - self._saved), cost.flops, cost.bytes, cost.joules, cost.bound)
 
+    def plan(self, items: Sequence[WorkItem], moves: Sequence[Move], writes: Mapping[str, Sequence[int]]) -> Cost:
+        return self._cost.plan(items, moves, writes)
+
     def swap(self, num_blocks: int) -> Cost:
         return self._cost.swap(num_blocks)
 
@@ -257,17 +303,35 @@ class DraftCost:
         return self._cost.layers()
 
 
+class WithDrafts:
+    """The costs of a model, behind whose steps a draft model proposes: part of a plan's cost, not of a step's."""
+
+    def __init__(self, cost: CostModel, draft_cost: CostModel) -> None:
+        self._cost, self._draft_cost = cost, draft_cost
+        self.step, self.swap, self.block_bytes, self.layers = cost.step, cost.swap, cost.block_bytes, cost.layers
+
+    def plan(self, items: Sequence[WorkItem], moves: Sequence[Move], writes: Mapping[str, Sequence[int]]) -> Cost:
+        own, drafts = self._cost.plan(items, moves, writes), drafting(self._draft_cost, items)
+        if not drafts:
+            return own
+        traffic = replace_struct(own.bytes, hbm=own.bytes.hbm + sum(cost.bytes.hbm for cost in drafts))
+        seconds, flops, joules = (sum(part) for part in zip(*((c.seconds, c.flops, c.joules) for c in (own, *drafts))))
+        return Cost(seconds, flops, traffic, joules, own.bound)
+
+
 def draft_seconds(cost: CostModel | None, items: Sequence[WorkItem], k: int | None = None) -> float:
-    """What a draft model takes to propose `k` tokens behind each item, one after the other; by default as many as the
-    items ask for. It also computes the prompts that the items compute."""
-    if cost is None:
-        return 0.0
+    """What a draft model takes to propose `k` tokens behind each item; by default as many as the items ask for."""
+    return 0.0 if cost is None else sum(step.seconds for step in drafting(cost, items, k))
+
+
+def drafting(cost: CostModel, items: Sequence[WorkItem], k: int | None = None) -> list[Cost]:
+    """The steps of a draft model that proposes `k` tokens behind each item, one after the other. In the first it also
+    computes the prompts that the items compute."""
     lengths = [item.propose if k is None else k for item in items]
-    seconds = 0.0
-    for level in range(max(lengths, default=0)):
-        rows = [_draft_row(item, level) for item, length in zip(items, lengths) if length > level]
-        seconds += cost.step(rows).seconds
-    return seconds
+    return [
+        cost.step([_draft_row(item, level) for item, length in zip(items, lengths) if length > level])
+        for level in range(max(lengths, default=0))
+    ]
 
 
 def _draft_row(item: WorkItem, level: int) -> WorkItem:

@@ -14,13 +14,13 @@ from llmlab import rng
 from llmlab.clock import Clock
 from llmlab.decoding.speculative import accepted_path
 from llmlab.execution.base import Row, StepBatch, Ticket
-from llmlab.execution.cost import draft_seconds
+from llmlab.execution.cost import draft_seconds, in_one_batch
 from llmlab.execution.drafting import Drafter
 from llmlab.execution.opgraph import Copied, Pending, build
 from llmlab.execution.overlap import Overlap
 from llmlab.execution.timelines import Timelines, busy
-from llmlab.seams import CostModel
-from llmlab.types import Durations, ItemResult, Move, Request, ResourceSpan, Span, StepResult
+from llmlab.seams import CostModel, LayerCost
+from llmlab.types import Cost, Durations, ItemResult, Move, Request, ResourceSpan, Span, StepResult, WorkItem
 
 
 class TokenSource(Protocol):
@@ -93,11 +93,17 @@ class SimTicket(NamedTuple):
         return self.value
 
 
-class LayeredCost(CostModel, Protocol):
-    """A cost model that also knows its steps by layer and resource, and what it takes to notice an arrival."""
+class LayeredCost(Protocol):
+    """What a simulated executor asks: steps whole and by layer and resource, and what it takes to notice an arrival."""
 
     @property
     def wake(self) -> float: ...
+
+    def step(self, items: Sequence[WorkItem]) -> Cost: ...
+
+    def swap(self, num_blocks: int) -> Cost: ...
+
+    def layers(self) -> LayerCost: ...
 
     def seconds(self, seen: Sequence[int], chunks: Sequence[Span], logits: int) -> float:
         """`step(...).seconds` of rows with one new token, which see `seen` tokens each, and of `chunks` of prompts."""
@@ -175,20 +181,16 @@ class SimExecutor:
         return (*spans, drafted), Durations(durations.execute + drafting, parts=parts)
 
     def _place_step(self, batch: StepBatch, now: float, start: float) -> tuple[tuple[ResourceSpan, ...], Durations]:
-        if "cpu" in [item.home for item in batch.plan.items]:
-            return self._place_overlap(batch, start)
         if not self._is_plain(batch):
-            return self._place_graph(batch, now, start)
+            away = "cpu" in [item.home for item in batch.plan.items]
+            return self._place_overlap(batch, start) if away else self._place_graph(batch, now, start)
         seconds = self._cost.step(batch.plan.items).seconds
         self._busy_until = self._timelines.free["device"] = start + seconds
         return (ResourceSpan("device", start, start + seconds, "step"),), Durations(seconds)
 
     def _is_plain(self, batch: StepBatch) -> bool:
         """Whether nothing but the device works, on one batch."""
-        if batch.plan.moves or self._pending.copies:
-            return False
-        placed = [(item.device, item.lane) for item in batch.plan.items]
-        return placed.count(("device", 0)) == len(placed)
+        return not (batch.plan.moves or self._pending.copies) and in_one_batch(batch.plan.items)
 
     def _place_overlap(self, batch: StepBatch, start: float) -> tuple[tuple[ResourceSpan, ...], Durations]:
         """A step with rows on both tiers; it begins when copies of earlier steps have ended."""

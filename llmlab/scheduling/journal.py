@@ -192,13 +192,14 @@ class Journal:
         )  # fmt: skip
 
     def _price(self, plan: StepPlan) -> Cost | None:
-        if not plan.items:
+        if not plan.items and not plan.moves:
             return None
-        cost = self._cost.step(plan.items)
-        swapped = sum(len(move.src) for move in plan.moves if move.kind != "copy")
-        if not swapped:
-            return cost
-        return Cost(cost.seconds + self._cost.swap(swapped).seconds, cost.flops, cost.bytes, cost.joules, cost.bound)
+        return self._cost.plan(plan.items, plan.moves, self._writes(plan) if plan.moves else {})
+
+    def _writes(self, plan: StepPlan) -> dict[str, AbstractSequence[int]]:
+        """The device blocks that each item writes."""
+        tables, size = self._memory.tables, self._memory.block_size
+        return {item.request: tables[item.request].block_ids[item.tokens[0] // size :] for item in plan.items if item.home == "device"}
 
     def experts(self, result: StepResult, plan: int) -> None:
         """Where a mixture's experts were in a step, and how they came and went."""

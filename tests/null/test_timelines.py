@@ -15,8 +15,9 @@ import llmlab
 from llmlab.execution.cost import RooflineCost
 from llmlab.execution.opgraph import Graph, Pending, build
 from llmlab.execution.timelines import RESOURCES, Op, Timelines, busy, makespan
-from llmlab.replaying import replay_decisions
+from llmlab.replaying import recorded_config, recorded_cost, replay_decisions
 from llmlab.seams import EngineView, Need, RequestView
+from llmlab.speculating import Simulated
 from llmlab.types import Home, Move, ResourceSpan, Span, WorkItem
 from roofline import shapes
 
@@ -222,11 +223,39 @@ def test_level_four_tells_what_every_resource_did(placement: Any) -> None:
     assert replay_decisions(run, placement=placement).differences == []
 
 
-def test_swapping_beside_the_steps_is_cheaper_than_predicted_one_after_the_other() -> None:
+def test_a_plan_is_predicted_by_the_timelines_that_place_it() -> None:
+    """Swapped blocks, rows in lanes: a step that finds nothing left over takes what was predicted, to the digit; with
+    copies of earlier steps in its way, longer. And copies beside the step's work cost less than one after the other."""
     run = llmlab.run(config(), load())
-    steps = [s for s in run.steps if run.events("KVMoved", step=s.step)]
-    assert steps and all(s.measured <= s.predicted.seconds * (1 + 1e-9) for s in steps if s.predicted and s.measured)
-    assert any(s.measured < 0.97 * s.predicted.seconds for s in steps if s.predicted and s.measured)
+    cost = recorded_cost(run, recorded_config(run))
+    plans = {e.step: e for e in run.events("StepPlanned")}
+    swapping = [s for s in run.steps if plans[s.step].moves]
+    assert swapping and all(s.measured >= s.predicted.seconds * (1 - 1e-9) for s in run.steps if s.predicted and s.measured)
+    assert sum(s.measured == pytest.approx(s.predicted.seconds) for s in swapping) > len(swapping) / 2
+    serial = [cost.step(p.items).seconds + sum(cost.swap(len(m.src)).seconds for m in p.moves)
+              for p in plans.values() if p.moves and p.items]  # fmt: skip
+    told = [p.predicted.seconds for p in plans.values() if p.moves and p.items]
+    assert all(a <= b * (1 + 1e-9) for a, b in zip(told, serial)) and sum(told) < 0.97 * sum(serial)
+    moved = [p for p in plans.values() if p.moves]
+    assert all(p.predicted.bytes.h2d + p.predicted.bytes.d2h == cost.block_bytes() * sum(len(m.src) for m in p.moves) for p in moved)
+
+
+@pytest.mark.parametrize("placement", [OddOnesOnTheHost(), "neo"])
+def test_a_plan_with_host_rows_is_predicted_as_it_is_placed(placement: Any) -> None:
+    run = llmlab.run(config(placement=placement, host="8%"), load())
+    away = [s for s in run.steps if any(i.home == "cpu" for i in run.events("StepPlanned", step=s.step)[0].items)]
+    assert away and sum(s.measured == pytest.approx(s.predicted.seconds) for s in away) > len(away) / 2
+    assert replay_decisions(run, placement=placement).differences == []
+
+
+def test_a_plan_with_a_draft_model_is_predicted_with_its_drafting() -> None:
+    drafts = Simulated((0.8, 0.7), "llama-3.2-1b")
+    run = llmlab.run(config(model="llama-3.1-8b", num_blocks=200, speculation=drafts), load(12))
+    drafted = [s for s in run.steps if any(i.propose for i in run.events("StepPlanned", step=s.step)[0].items)]
+    assert drafted and all(s.measured == pytest.approx(s.predicted.seconds) for s in drafted)
+    alone = recorded_cost(run, recorded_config(run))
+    plan = run.events("StepPlanned", step=drafted[5].step)[0]
+    assert plan.predicted.seconds > alone.step(plan.items).seconds and plan.predicted.joules > alone.step(plan.items).joules
 
 
 def test_a_host_that_is_no_cpu_or_unknown_is_refused() -> None:
