@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from models_util import hf_greedy, hf_model, tiny_config
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.execution import offload
+from llmlab.memory.weight_store import Fetch
 from llmlab.scheduling.weights import LRU, WEIGHT_PLACEMENTS
-from llmlab.seams import RoutingView, Where
+from llmlab.seams import ExpertId, RoutingView, Where
 from llmlab.types import ConfigError, SamplingParams
 
 EXACT = [name for name in WEIGHT_PLACEMENTS.names() if name != "deferred"]
@@ -160,3 +162,12 @@ def test_the_same_kernels_run_on_either_side() -> None:
     host.add_layer(torch.randn(2, 96, 40), torch.randn(2, 40, 48))
     unit, x = offload.ExpertId(0, 1), torch.randn(7, 40)
     assert torch.equal(host.to_device(unit)(x, "silu"), host.on_cpu(unit)(x, "silu"))
+
+
+def test_a_copy_does_not_overtake_the_last_reader_of_its_slot() -> None:
+    thread, reader = offload.CopyingThread(lambda unit: unit.expert, lambda unit: 1), Future[None]()
+    ticket = thread.fetch(Fetch(ExpertId(0, 3), 0, "demand"), reader)
+    assert not wait([ticket], timeout=0.2).done, "somebody still reads what lies there"
+    reader.set_result(None)
+    assert ticket.result(timeout=30) == 3
+    thread.close()

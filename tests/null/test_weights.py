@@ -20,6 +20,7 @@ from llmlab.execution.timelines import Timelines
 from llmlab.memory.weight_store import Fetch, WeightStore
 from llmlab.running import run
 from llmlab.runs import Run
+from llmlab.scheduling.expert_calls import ExpertCalls
 from llmlab.scheduling.seamcalls import Seam, checked_routing
 from llmlab.scheduling.weights import LRU, WEIGHT_PLACEMENTS, Balanced, Oracle, most_popular, similarity
 from llmlab.seams import ExpertId, ExpertUse, RoutingView, UnitView, Where
@@ -61,9 +62,11 @@ class Ledger:
 
     def __init__(self) -> None:
         self.fetches: list[Fetch] = []
+        self.after: list[int | None] = []
 
     def fetch(self, fetch: Fetch, after: int | None) -> int:
         self.fetches.append(fetch)
+        self.after.append(after)
         return len(self.fetches)
 
 
@@ -103,6 +106,37 @@ def test_a_pinned_unit_stays() -> None:
     assert ExpertId(0, 0) in store
     store.release(ExpertId(0, 0))
     assert store.bring(ExpertId(0, 1), "demand", oldest) is not None
+
+
+def test_a_copy_waits_for_the_last_reader_of_its_slot_and_tells_who_left_unused() -> None:
+    ledger = Ledger()
+    store: WeightStore[int] = WeightStore(1, ledger)
+    first, second, third = (ExpertId(0, expert) for expert in range(3))
+    store.load([first])
+    store.pin(first)
+    store.release(first, 77)
+    store.bring(second, "prefetch", oldest)
+    store.bring(third, "demand", oldest)
+    assert ledger.after == [None, 77, None], "the second copy must not overtake what reads the first unit"
+    assert [(fetch.evicted, fetch.unused) for fetch in ledger.fetches] == [(None, False), (first, False), (second, True)]
+
+
+def test_a_policy_sees_earlier_steps_and_when_each_unit_was_last_used() -> None:
+    store: WeightStore[int] = WeightStore(2, Ledger())
+    seam = Seam("weights", LRU(), LRU(), EventLog(VirtualClock()), 1.0)
+    calls = ExpertCalls(seam, mixtral(DESKTOP), 2, 3, store)
+    for step, experts in enumerate(((0, 1), (1, 2), (2, 0))):
+        for layer in range(2):
+            view = calls.look(layer, (ExpertUse(experts[layer], step + 1, 1.0),), ())
+    assert view.past == (((1, 0, 0), (0, 1, 0)), ((0, 2, 0), (0, 0, 2)))
+    assert view.counts == ((0, 0, 3), (3, 0, 0)) and view.step == 2
+    for unit in (ExpertId(1, 1), ExpertId(1, 2), ExpertId(1, 1)):
+        calls.look(1, (ExpertUse(unit.expert, 1, 1.0),), ())
+        calls.bring(unit, "demand", view)
+        store.pin(unit)
+        store.release(unit)
+    calls.bring(ExpertId(1, 0), "demand", view)
+    assert calls.store.of_layer(1) == (0, 1), "the one that was not used for longest has left"
 
 
 def test_a_store_without_slots_is_refused() -> None:
