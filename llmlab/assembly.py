@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from llmlab.clock import Clock, RealClock, VirtualClock
-from llmlab.config import DRAFT_FIELDS, EngineConfig
+from llmlab.config import DRAFT_FIELDS, EngineConfig, tree_shape
 from llmlab.decoding.autoregressive import TokenStop
 from llmlab.decoding.draft_lengths import DRAFT_POLICIES
 from llmlab.decoding.drafts import DraftSetup
@@ -520,7 +520,7 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, log: EventLo
 
 def _sim_drafting(backend: Backend, setup: DraftSetup, tokens: PseudoTokens, config: EngineConfig) -> Redraft:
     _check_offload(config)
-    speculation = simulated_speculation(config, setup, tokens)
+    speculation = simulated_speculation(config, _formed(setup, config), tokens)
     if speculation is None:
         return Redraft(None)
     cost = draft_cost_of(backend.cost, speculation.shape, config)
@@ -529,10 +529,16 @@ def _sim_drafting(backend: Backend, setup: DraftSetup, tokens: PseudoTokens, con
 
 def _real_drafting(setup: DraftSetup, config: EngineConfig) -> Redraft:
     _check_offload(config)
-    speculation = real_speculation(config, setup, config.kernels)
+    speculation = real_speculation(config, _formed(setup, config), config.kernels)
     if speculation is None:
         return Redraft(None)
-    return Redraft(Drafter(speculation.source, setup.vocab_size), speculation.shape)
+    return Redraft(Drafter(speculation.source, setup.vocab_size, config.acceptance), speculation.shape)
+
+
+def _formed(setup: DraftSetup, config: EngineConfig) -> DraftSetup:
+    """The setup with what the configuration says of the drafts' form."""
+    tree = () if config.draft_tree is None else tree_shape(config.draft_tree)
+    return setup._replace(tree=tree, drawn=config.acceptance == "rejection")
 
 
 def _never_drafting(config: EngineConfig) -> Redraft:

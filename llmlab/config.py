@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import msgspec
 
 from llmlab.registry import policy_name
-from llmlab.types import ConfigError, unknown_name
+from llmlab.types import MAX_NODES, ConfigError, unknown_name
 
 SEAM_FIELDS = ("ordering", "admission", "composer", "victim", "placement", "eviction", "tiering", "decoding", "draft_policy")
-DRAFT_FIELDS = ("speculation", "num_speculative_tokens", "draft_policy")
+DRAFT_FIELDS = ("speculation", "num_speculative_tokens", "draft_tree", "acceptance", "draft_policy")
 PLUG_IN_FIELDS = (*SEAM_FIELDS, "weights")  # take a name or an object; the seams among them may change while a run goes on
 
 
@@ -28,7 +31,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `quantization`: "int8" or "int4" weights ("int4-g32-sym": group and zero, too). `gpu_memory`: what the engine may
     take of the device, in bytes, as "16GB", or as the device that it stands for ("t4"). `speculation` is where drafts come
     from: a registered source ("ngram", "suffix"), the name of a draft model, or an object (`seams.DraftSource`); None
-    drafts nothing. `fixed_rows`: tokens in a pass with fixed numerics, for requests that must be deterministic.
+    drafts nothing. `draft_tree`: drafts are a tree, "2x2x1" has two first tokens, two behind each, one behind each of those; its
+    nodes take the place of `num_speculative_tokens`. `acceptance`: a draft of a sampled request holds if it is the token that
+    plain decoding draws ("keyed"), or by rejection sampling, which accepts more where the draft model is unsure and makes answers
+    depend on the drafts, but not their distribution. `fixed_rows`: tokens in a pass with fixed numerics, for requests that must be
+    deterministic.
     `attention_plan`: what predictions charge for attention on a GPU, see docs/gpu.md. Raises ConfigError.
     """
 
@@ -71,6 +78,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     fixed_rows: int = 64
     speculation: Any = None
     num_speculative_tokens: int = 4
+    draft_tree: str | None = None
+    acceptance: Literal["keyed", "rejection"] = "keyed"
     draft_policy: Any = "fixed"
 
     seed: int = 0
@@ -92,6 +101,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                           ("num_expert_slots", 1), ("layer_window", 2)):
             if getattr(self, name) is not None:
                 self._at_least(name, low)
+        self._one_of("acceptance", ("keyed", "rejection"))
+        self._check_tree()
         self._one_of("executor", ("torch", "sim"))
         self._one_of("device", ("auto", "cpu", "cuda"))
         self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
@@ -112,6 +123,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("model", self.model, "must be a name or a directory",
                               "`llmlab models` lists the shipped ones.")  # fmt: skip
 
+    def _check_tree(self) -> None:
+        if self.draft_tree is None:
+            return
+        tree_shape(self.draft_tree)
+        if self.speculation is None:
+            raise ConfigError("draft_tree", self.draft_tree, "needs somebody who drafts", "Name a draft model as speculation.")
+        if self.draft_policy == "goodput":
+            raise ConfigError("draft_policy", "goodput", "weighs chains and knows no trees", "Choose fixed or ewma.")
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of a request at most."""
+        return self.num_speculative_tokens if self.draft_tree is None else num_nodes(tree_shape(self.draft_tree))
+
     def _at_least(self, name: str, low: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -128,6 +153,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             choice = values[name]
             values[name] = choice if isinstance(choice, str) or choice is None else policy_name(choice)
         return values
+
+
+def tree_shape(text: str) -> tuple[int, ...]:
+    """The children of each node of a draft tree, by depth: (2, 2, 1) for "2x2x1". Raises ConfigError."""
+    way_out = 'Write the children of a node at each depth, such as "2x2x1".'
+    parts = text.lower().split("x") if isinstance(text, str) else []
+    if not parts or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError("draft_tree", text, "is no form of a tree", way_out)
+    shape = tuple([int(part) for part in parts])
+    if len(shape) > MAX_NODES or num_nodes(shape) > MAX_NODES:
+        raise ConfigError("draft_tree", text, f"has more than {MAX_NODES} nodes", way_out)
+    return shape
+
+
+def num_nodes(shape: Sequence[int]) -> int:
+    """Nodes of a tree with `shape[d]` children of each node at depth d."""
+    return sum(accumulate(shape, operator.mul))
 
 
 def engine_config(**fields: Any) -> EngineConfig:

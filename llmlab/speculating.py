@@ -55,7 +55,7 @@ def real_speculation(config: EngineConfig, setup: DraftSetup, kernels: str) -> S
             sources = f"Sources without a model: {', '.join(DRAFT_SOURCES.names())}."
             raise ConfigError("speculation", choice, error.problem, f"{error.way_out} {sources}") from None
         return Speculation(model, model.name, roofline_shape(model.loaded))
-    return Speculation(_source(choice, setup), source_name(choice))
+    return Speculation(_source(choice, setup, config), source_name(choice))
 
 
 def simulated_speculation(config: EngineConfig, setup: DraftSetup, tokens: TokenSource) -> Speculation | None:
@@ -67,8 +67,14 @@ def simulated_speculation(config: EngineConfig, setup: DraftSetup, tokens: Token
         raise ConfigError("speculation", choice, "the simulator runs no draft model, so it cannot know what would be accepted",
                           f"Give it: speculation=llmlab.speculating.Simulated((0.8, 0.7), draft={choice!r}); on the command line "
                           f"--speculate 0.8,0.7@{choice}.")  # fmt: skip
+    if config.acceptance != "keyed":
+        raise ConfigError("acceptance", config.acceptance, "means nothing to the simulator, which draws no tokens",
+                          "Say how often drafts hold: llmlab.speculating.Simulated((0.8, 0.7)).")  # fmt: skip
     if not isinstance(choice, Simulated):
-        return Speculation(_source(choice, setup), source_name(choice))
+        return Speculation(_source(choice, setup, config), source_name(choice))
+    if config.draft_tree is not None:
+        raise ConfigError("draft_tree", config.draft_tree, "does not go with simulated drafts, which are chains",
+                          "Leave it out, or give an object that proposes trees as speculation.")  # fmt: skip
     check_acceptance(choice.acceptance)
     source = Oracle(tokens.token, choice.acceptance, setup.vocab_size, setup.seed)
     return Speculation(source, choice.name, None if choice.draft is None else _shape(choice.draft))
@@ -80,13 +86,16 @@ def check_acceptance(acceptance: Sequence[float]) -> None:
                           "Write (0.8, 0.7): the last one counts for all that follow.")  # fmt: skip
 
 
-def _source(choice: Any, setup: DraftSetup) -> DraftSource:
+def _source(choice: Any, setup: DraftSetup, config: EngineConfig) -> DraftSource:
     if isinstance(choice, str):
         return DRAFT_SOURCES.resolve(choice, setup=setup)
     if isinstance(choice, type) or not callable(getattr(choice, "propose", None)):
         raise ConfigError("speculation", choice, "has no method propose(contexts)",
                           f"Give a name ({', '.join(DRAFT_SOURCES.names())}, or a draft model), or an object as described in "
                           "llmlab.seams.DraftSource.")  # fmt: skip
+    if config.draft_tree is not None:
+        raise ConfigError("draft_tree", config.draft_tree, "is for the sources that have a name: an object grows its own trees",
+                          "Leave draft_tree out; num_speculative_tokens bounds the nodes.")  # fmt: skip
     return choice  # type: ignore[no-any-return]
 
 
@@ -110,4 +119,4 @@ def draft_cost_of(cost: CostModel, shape: Shape | None, config: EngineConfig) ->
 
 
 def outlook_of(cost: CostModel, draft_cost: CostModel | None, config: EngineConfig) -> DraftOutlook:
-    return draft_outlook(cost, draft_cost, config.num_speculative_tokens)
+    return draft_outlook(cost, draft_cost, config.num_drafts)

@@ -229,6 +229,7 @@ class Status(StrEnum):
 
 
 QUEUED = (Status.WAITING, Status.PREEMPTED, Status.SWAPPED)
+MAX_NODES = 63  # of a tree of drafts: which of them a node attends to is one positive int64
 FinishReason = Literal["stop", "length", "abort", "error"]
 Home = Literal["device", "cpu"]  # where a request's KV lies: in the device's pool or in the host's
 

@@ -72,6 +72,8 @@ ABOUT: Mapping[str, About] = {
                          ("--speculate", "--speculation")),
     "num_speculative_tokens": About("Speculation", "Drafts a request at most, verified in one step.",
                                     ("--num-speculative-tokens", "--drafts")),
+    "draft_tree": About("Speculation", "Drafts as a tree: children of a node by depth (2x2x1), in place of --drafts."),
+    "acceptance": About("Speculation", "When a draft of a sampled request holds: keyed (no token changes) or rejection (more hold)."),
     "draft_policy": About("Speculation", "How many of them: fixed, ewma, goodput."),
     "seed": About("Log and limits", "Seed of all random numbers."),
     "log_level": About("Log and limits", "0 metrics, 1 lifecycle, 2 decisions, 3 blocks, 4 kernels."),

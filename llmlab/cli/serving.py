@@ -31,6 +31,8 @@ EXAMPLES = """
 
 [cyan]llmlab run --chat --stream --max-tokens 200 'describe the harbor'[/cyan]
 
+[cyan]llmlab run --speculate lab-xs --draft-tree 2x2x1 --temperature 0 '37*46-23*58?'[/cyan]
+
 [cyan]llmlab run --file prompts.jsonl --json --num-blocks 64 --victim most_blocks --trace run.jsonl.zst[/cyan]
 
 [cyan]cat prompts.txt | llmlab run --file - --model ./my-model --dtype bfloat16[/cyan]

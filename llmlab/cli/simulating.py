@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FIELDS = ("model", "hardware", "host", "dtype", "quantization", "gpu_memory", "attention_plan", "block_size", "num_blocks", "num_host_blocks", "enable_prefix_caching",
           "max_num_batched_tokens", "max_num_seqs", "max_model_len", "overlap_depth", "ordering", "admission", "composer",
           "victim", "placement", "eviction", "tiering", "decoding", "seed", "log_level", "log_capacity", "check_interval",
-          "policy_timeout", "num_alternatives", "view_cap", "speculation", "num_speculative_tokens", "draft_policy", "fixed_rows",
+          "policy_timeout", "num_alternatives", "view_cap", "speculation", "num_speculative_tokens", "draft_tree", "draft_policy", "fixed_rows",
           "weights", "num_expert_slots", "routing")  # fmt: skip
 DEFAULTS: Mapping[str, Any] = {"model": "llama-2-7b", "hardware": "t4"}
 BRIEF = 3  # stretches of the worst request's life that are told

@@ -8,16 +8,20 @@ what must be computed again after a preemption, a rejection or a copy is found b
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llmlab import rng
+from llmlab.decoding.draft_trees import is_chain, planted
 from llmlab.decoding.drafts import REMEMBERED, DraftSetup
-from llmlab.decoding.sampler import greedy, plain, sample, sample_row
-from llmlab.kernels.layout import AttentionMetadata
+from llmlab.decoding.rejection import draw_siblings
+from llmlab.decoding.sampler import Sampled, SampleRow, greedy, plain, probabilities, sample, sample_row
+from llmlab.kernels.layout import AttentionMetadata, TreeRow
 from llmlab.models.loader import LoadedModel, load_model
 from llmlab.models.tokenizer import HFTokenizer
 from llmlab.seams import DraftContext, Proposal
@@ -65,9 +69,65 @@ class Marks:
             self._slots[block_ids[position // self._size], position % self._size] = mark
 
 
+class Guess(NamedTuple):
+    """A token that may follow, and the probabilities [vocab_size] that it was drawn from; None: it was chosen."""
+
+    token: int
+    odds: np.ndarray | None = None
+
+
+class Growth:
+    """One request's drafts while they are made: the nodes of `plan`, which gives each its parent. The KV of node i lies behind
+    the text, at the place of i in `fed`; what no node follows is never fed."""
+
+    def __init__(self, context: DraftContext, plan: Sequence[int]) -> None:
+        self.context, self.plan = context, plan
+        self.guesses: list[Guess | None] = [None] * len(plan)
+        self.children: dict[int, list[int]] = {}
+        for node, parent in enumerate(plan):
+            self.children.setdefault(parent, []).append(node)
+        self.fed: list[int] = []
+        self.paths: dict[int, tuple[int, ...]] = {-1: ()}
+        self.seen: dict[int, int] = {-1: 0}
+
+    def fill(self, node: int, guesses: Sequence[Guess]) -> list[int]:
+        """What follows `node`; those of its children that are to be fed."""
+        following = list(zip(self.children[node], guesses))
+        for child, guess in following:
+            self.guesses[child] = guess
+            self.paths[child] = (*self.paths[node], guess.token)
+        return [child for child, _ in following if child in self.children]
+
+    def feed(self, nodes: Sequence[int]) -> Feed:
+        """Compute these nodes, all of one depth."""
+        for node in nodes:
+            self.seen[node] = self.seen[self.plan[node]] | 1 << len(self.fed)
+            self.fed.append(node)
+        start, table = len(self.context.token_ids), self.context.block_ids
+        position = start + len(self.paths[nodes[0]]) - 1
+        tokens = [self.paths[node][-1] for node in nodes]
+        tree = TreeRow() if is_chain(self.plan) else TreeRow(start, [self.seen[node] for node in nodes])
+        return Feed(tokens, [position] * len(nodes), start + len(self.fed), table, tree)
+
+    def proposal(self) -> Proposal:
+        made = self.guesses
+        return planted(self.plan, [g and g.token for g in made], [g and g.odds for g in made])
+
+
+class Feed(NamedTuple):
+    """Tokens of one row, where they stand in the text, the end of its KV, and which nodes they see if they are of a tree."""
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+    end: int
+    table: Sequence[int]
+    tree: TreeRow = TreeRow()
+
+
 class DraftModel:
-    """Drafts token by token with a model of the same vocabulary. A request that samples gets drafts sampled with the same
-    random numbers, so that where the two models agree the same token comes out."""
+    """Drafts level by level with a model of the same vocabulary. A request that samples gets drafts sampled with the same
+    random numbers, so that where the two models agree the same token comes out, and beside them in a tree the most likely ones;
+    or, if the setup says so, drafts drawn with numbers of their own, and their odds."""
 
     def __init__(self, loaded: LoadedModel, setup: DraftSetup, layers: int | None = None) -> None:
         self.name = loaded.name if layers is None else f"first {layers} layers of {loaded.name}"
@@ -84,8 +144,10 @@ class DraftModel:
         return torch.zeros(size, dtype=self.loaded.dtype, device=self.loaded.device)
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
+        grown = {c.request.id: Growth(c, self._setup.plan(c.k)) for c in contexts if self._wanted(c)}
         with torch.inference_mode():
-            return self._propose([c for c in contexts if self._wanted(c)], contexts)
+            self._grow(list(grown.values()))
+        return [grown[c.request.id].proposal() if c.request.id in grown else Proposal() for c in contexts]
 
     def _wanted(self, context: DraftContext) -> bool:
         """Requests that want drafts; and, if the KV is our own, those whose prompt is being computed."""
@@ -93,59 +155,83 @@ class DraftModel:
             return False
         return context.k > 0 or (self._own and len(context.token_ids) <= context.request.num_prompt_tokens)
 
-    def _propose(self, active: Sequence[DraftContext], contexts: Sequence[DraftContext]) -> list[Proposal]:
-        drafts: dict[str, list[int]] = {c.request.id: [] for c in contexts}
-        starts = [self._computed(c) for c in active]
-        fed = [list(c.token_ids[start:]) for c, start in zip(active, starts)]
-        while active:
-            ends = [len(c.token_ids) + len(drafts[c.request.id]) for c in active]
-            logits = self._run(fed, ends, [c.block_ids for c in active])
-            going = [i for i, c in enumerate(active) if c.k > len(drafts[c.request.id])]
-            chosen = [active[i] for i in going]
-            for c, token in zip(chosen, self._choose(logits if len(going) == len(active) else logits[going], chosen, drafts)):
-                drafts[c.request.id].append(token)
-            active = [c for i in going if (c := active[i]).k > len(drafts[c.request.id]) and drafts[c.request.id][-1] >= 0]
-            fed = [[drafts[c.request.id][-1]] for c in active]
-        self._mark_drafts(contexts, drafts)
-        return [Proposal(tuple(t for t in drafts[c.request.id] if t >= 0)) for c in contexts]
+    def _grow(self, growths: Sequence[Growth]) -> None:
+        """Read what is new in each text, then one level of all trees at a time."""
+        if not growths:
+            return
+        logits = self._run([self._unread(g.context) for g in growths], last=True)
+        level = [(growth, -1) for growth in growths if growth.context.k]
+        logits = logits if len(level) == len(growths) else logits[[i for i, g in enumerate(growths) if g.context.k]]
+        while level:
+            nodes: dict[Growth, list[int]] = {}
+            for (growth, node), guesses in zip(level, self._guess(logits, level)):
+                nodes.setdefault(growth, []).extend(growth.fill(node, guesses))
+            level = [(growth, node) for growth, made in nodes.items() for node in made]
+            if level:
+                logits = self._run([growth.feed(made) for growth, made in nodes.items() if made], last=False)
+        for growth in growths:
+            self._mark(growth)
 
-    def _computed(self, context: DraftContext) -> int:
-        """Tokens whose KV is there, before the last; marks those that are computed next."""
-        num_tokens = len(context.token_ids)
-        if not self._own:
-            return num_tokens - 1
-        marks = self._marks.of(context)
-        start = min(self._marks.valid(marks, context.block_ids), num_tokens - 1)
-        self._marks.write(marks[start:], start, context.block_ids)
-        return start
+    def _unread(self, context: DraftContext) -> Feed:
+        """The tokens whose KV is missing, the last one in any case; marks what is computed now."""
+        tokens = context.token_ids
+        start = len(tokens) - 1
+        if self._own:
+            marks = self._marks.of(context)
+            start = min(self._marks.valid(marks, context.block_ids), start)
+            self._marks.write(marks[start:], start, context.block_ids)
+        return Feed(tokens[start:], range(start, len(tokens)), len(tokens), context.block_ids)
 
-    def _choose(self, logits: Tensor, contexts: Sequence[DraftContext], drafts: Mapping[str, Sequence[int]]) -> list[int]:
-        """The next draft of each; -1 where there is none."""
-        if all(plain(c.request.sampling) for c in contexts):
-            return greedy(logits)
-        rows = [sample_row(c.request, self._setup.seed, c.token_ids, drafts[c.request.id]) for c in contexts]
-        return [sampled.token_id for sampled in sample(logits, rows)]
+    def _guess(self, logits: Tensor, level: Sequence[tuple[Growth, int]]) -> list[list[Guess]]:
+        """What may follow each node of a level, the first choice first; nothing where the logits say nothing."""
+        widths = [len(growth.children[node]) for growth, node in level]
+        requests = [growth.context.request for growth, _ in level]
+        if max(widths) == 1 and all(plain(request.sampling) for request in requests):
+            return [[Guess(token)] if token >= 0 else [] for token in greedy(logits)]
+        rows = [sample_row(g.context.request, self._setup.seed, g.context.token_ids, g.paths[node]) for g, node in level]
+        if self._setup.drawn:
+            return [self._draw(logits[i : i + 1], row, width) for i, (row, width) in enumerate(zip(rows, widths))]
+        return _likely(logits, sample(logits, rows), widths)
 
-    def _mark_drafts(self, contexts: Sequence[DraftContext], drafts: Mapping[str, Sequence[int]]) -> None:
-        """All drafts but the last were computed: if they hold, so does their KV."""
-        for c in contexts if self._own else ():
-            computed = drafts[c.request.id][:-1]
-            if computed:
-                self._marks.write(further(self._marks.of(c)[-1], computed), len(c.token_ids), c.block_ids)
+    def _draw(self, logits: Tensor, row: SampleRow, width: int) -> list[Guess]:
+        """Different tokens, drawn with numbers that nothing else depends on; of a greedy request the most likely ones."""
+        if row.sampling.greedy:
+            return _likely(logits, sample(logits, [row]), [width])[0]
+        drawn = draw_siblings(probabilities(logits, [row])[0], width, lambda draw: rng.uniform(row.seed, row.request, row.position, draw))
+        return [Guess(token, odds) for token, odds in drawn]
 
-    def _run(self, fed: Sequence[Sequence[int]], ends: Sequence[int], tables: Sequence[Sequence[int]]) -> Tensor:
-        """Logits behind the last token of each row: `fed` tokens that end at position `ends`."""
+    def _mark(self, growth: Growth) -> None:
+        """What each slot behind the text stands for. A node that lies where its position is serves again if it holds."""
+        context = growth.context
+        if not self._own or not growth.fed:
+            return
+        text = self._marks.of(context)[-1]
+        marks = [further(text, growth.paths[node])[-1] for node in growth.fed]
+        self._marks.write(marks, len(context.token_ids), context.block_ids)
+
+    def _run(self, feeds: Sequence[Feed], last: bool) -> Tensor:
+        """Logits behind every token that is fed, or behind the `last` one of each row."""
         device, size = self._model.device, self._setup.block_size
-        lengths = [len(tokens) for tokens in fed]
-        tables = [table[: -(-end // size)] for table, end in zip(tables, ends)]
-        meta = AttentionMetadata.build(lengths, ends, tables, size, device=device)
-        ids = [token for tokens in fed for token in tokens]
-        positions = [p for n, end in zip(lengths, ends) for p in range(end - n, end)]
+        lengths = [len(feed.ids) for feed in feeds]
+        tables = [feed.table[: -(-feed.end // size)] for feed in feeds]
+        meta = AttentionMetadata.build(lengths, [feed.end for feed in feeds], tables, size, trees=[feed.tree for feed in feeds], device=device)
+        ids = [token for feed in feeds for token in feed.ids]
+        positions = [position for feed in feeds for position in feed.positions]
         hidden = self._model.embed(torch.tensor(ids, device=device))
         hidden = self._model.forward(hidden, torch.tensor(positions, device=device), meta, self._kv, self._layers)  # type: ignore[arg-type]
-        if len(ids) > len(fed):
+        if last and len(ids) > len(feeds):
             hidden = hidden[[end - 1 for end in accumulate(lengths)]]
         return self._model.logits(hidden)
+
+
+def _likely(logits: Tensor, first: Sequence[Sampled], widths: Sequence[int]) -> list[list[Guess]]:
+    """Of each row the token that was sampled, and the most likely others: as many as `widths` says."""
+    others = logits.topk(min(max(widths), logits.shape[1])).indices.tolist() if max(widths) > 1 else [[]] * len(first)
+    found = []
+    for sampled, best, width in zip(first, others, widths, strict=True):
+        tokens = [sampled.token_id, *(token for token in best if token != sampled.token_id)] if sampled.token_id >= 0 else []
+        found.append([Guess(token) for token in tokens[:width]])
+    return found
 
 
 def load_draft(name: str, setup: DraftSetup, kernels: str) -> DraftModel:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmlab import rng
+from llmlab.decoding.draft_trees import chain_plan, planted, tree_plan
 from llmlab.registry import Registry
 from llmlab.seams import DraftContext, DraftSource, Proposal
 from llmlab.types import ConfigError, Request
@@ -21,7 +22,8 @@ REMEMBERED = 4096  # requests whose index a source keeps
 
 
 class DraftSetup(NamedTuple):
-    """What a source is made from: the target (None in the simulator) and the KV pool whose block ids it shares."""
+    """What a source is made from: the target (None in the simulator) and the KV pool whose block ids it shares. `tree`: the
+    children of each node by depth; none: chains. `drawn`: requests that sample get drafts that were drawn, with their odds."""
 
     vocab_size: int
     num_blocks: int
@@ -29,6 +31,12 @@ class DraftSetup(NamedTuple):
     seed: int
     target: LoadedModel | None = None
     kv_layers: Sequence[object] = ()
+    tree: tuple[int, ...] = ()
+    drawn: bool = False
+
+    def plan(self, k: int) -> tuple[int, ...]:
+        """The parents of at most `k` drafts."""
+        return tree_plan(self.tree)[:k] if self.tree else chain_plan(k)
 
 
 # ------------------------------------------------------------------------------- one text repeats itself
@@ -85,12 +93,13 @@ def _copied(tokens: Sequence[int], at: int, k: int) -> tuple[int, ...]:
 # -------------------------------------------------------------------------------- texts repeat each other
 class Suffix:
     """What most often followed the longest ending of this text that occurs anywhere: in itself, in the other requests of
-    the batch, or in those that ended. One suffix automaton over all (Blumer et al. 1985), grown token by token."""
+    the batch, or in those that ended. One suffix automaton over all (Blumer et al. 1985), grown token by token. As a tree: what
+    followed most often, and next to most often, at every node of `plan(k)`."""
 
     name = "suffix"
 
-    def __init__(self, shortest: int = 2, max_states: int = 1 << 18) -> None:
-        self._shortest, self._max_states = shortest, max_states
+    def __init__(self, shortest: int = 2, max_states: int = 1 << 18, plan: Callable[[int], tuple[int, ...]] = chain_plan) -> None:
+        self._shortest, self._max_states, self._plan = shortest, max_states, plan
         self._clear()
 
     def _clear(self) -> None:
@@ -103,7 +112,7 @@ class Suffix:
             self._clear()
         for context in contexts:
             self._read(context)
-        return [Proposal(self._walk(self._ends[c.request.id][0], c.k)) if c.k else Proposal() for c in contexts]
+        return [self._walk(self._ends[c.request.id][0], c.k) if c.k else Proposal() for c in contexts]
 
     def _read(self, context: DraftContext) -> None:
         tokens, name = context.token_ids, context.request.id
@@ -118,17 +127,25 @@ class Suffix:
                 above = self._link[above]
         self._ends[name] = state, len(tokens)
 
-    def _walk(self, state: int, k: int) -> tuple[int, ...]:
+    def _walk(self, state: int, k: int) -> Proposal:
         while state > 0 and not self._next[state]:
             state = self._link[state]
         if state <= 0 or self._length[state] < self._shortest:
-            return ()
-        drafts: list[int] = []
-        while len(drafts) < k and self._next[state]:
-            visits = self._visits
-            token, state = max(self._next[state].items(), key=lambda arc: (visits[arc[1]], arc[1]))
-            drafts.append(token)
-        return tuple(drafts)
+            return Proposal()
+        plan = self._plan(k)
+        tokens: list[int | None] = [None] * len(plan)
+        states = {-1: state}
+        for node, parent in enumerate(plan):
+            arcs = self._next[states[parent]] if parent in states else {}
+            rank = plan[:node].count(parent)
+            if rank < len(arcs):
+                tokens[node], states[node] = self._ranked(arcs, rank)
+        return planted(plan, tokens)
+
+    def _ranked(self, arcs: dict[int, int], rank: int) -> tuple[int, int]:
+        """The arc that was taken most often, or the next ones by rank."""
+        visits = self._visits
+        return sorted(arcs.items(), key=lambda arc: (visits[arc[1]], arc[1]), reverse=True)[rank]
 
     def _extend(self, last: int, token: int) -> int:
         """The state of the text of `last` followed by `token`."""
@@ -187,6 +204,13 @@ class Oracle:
         return (token + 1) % self._vocab_size if spoiled else token
 
 
+def ngram(setup: DraftSetup) -> DraftSource:
+    if setup.tree:
+        raise ConfigError("draft_tree", "x".join(map(str, setup.tree)), "ngram knows one continuation only, no trees",
+                          "Leave draft_tree out, or choose suffix or a draft model.")  # fmt: skip
+    return NGram()
+
+
 def layer_skip(setup: DraftSetup) -> DraftSource:
     """The target drafts for itself with the first half of its layers; their KV is the target's own."""
     if setup.target is None:
@@ -198,5 +222,5 @@ def layer_skip(setup: DraftSetup) -> DraftSource:
 
 
 DRAFT_SOURCES: Registry[DraftSource] = Registry(
-    "speculation", {"ngram": lambda setup: NGram(), "suffix": lambda setup: Suffix(), "layer_skip": layer_skip}
+    "speculation", {"ngram": ngram, "suffix": lambda setup: Suffix(plan=setup.plan), "layer_skip": layer_skip}
 )

@@ -4,45 +4,31 @@ Chain (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.
 accepted with probability min(1, p(x) / q(x)); at the first rejection a token is drawn from max(0, p - q), normalised.
 
 Tree (SpecInfer, arXiv 2305.09781, algorithm 2): the children of a node are tried one after the other; each that is rejected
-takes its share out of p. Drafts that are themselves not random (n-grams, greedy models) have q = 1 at the draft.
+takes its share out of p. That holds for any q that a child was drawn from, also for one that depends on the siblings before
+it: so siblings are drawn without replacement here, which accepts more than drawing them independently. A draft that was chosen
+and not drawn (n-grams, the k most likely tokens of a model) has q = 1 at itself.
 
-The engine verifies by another rule, which is lossless, too (`decoding.speculative`): it draws the target's token with the
-random number of its position and compares. That keeps each answer what it is without drafts, and accepts a draft with the
-probability p(x); sampling with rejection accepts sum(min(p, q)) of drafts that were drawn from q, which is more where the
-draft model is unsure. Pure and vectorised over rows [n]; float64 probabilities.
+The engine's other rule, which is lossless, too (`decoding.speculative`), draws the target's token with the random number of
+its position and compares. That keeps each answer what it is without drafts, and accepts a draft with the probability p(x);
+sampling with rejection accepts sum(min(p, q)) of drafts that were drawn from q, which is more where the draft model is unsure.
+
+Pure and vectorised over rows [n] of one shape; float64 probabilities. The engine calls it with one row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from llmlab.types import LabError
-
-
-class Accepted(NamedTuple):
-    """Per row: how many drafts of a chain hold, and the token behind them."""
-
-    counts: np.ndarray
-    tokens: np.ndarray
-
-
-def accept_chain(p: np.ndarray, q: np.ndarray, drafts: np.ndarray, dice: np.random.Generator) -> Accepted:
-    """`p [n, k + 1, V]` the target's probabilities behind the text and behind each draft, `q [n, k, V]` those that
-    `drafts [n, k]` were drawn from. Raises LabError for shapes that do not fit."""
-    (n, k), vocab = drafts.shape, p.shape[-1]
-    if p.shape != (n, k + 1, vocab) or q.shape != (n, k, vocab):
-        raise LabError("p", p.shape, f"does not fit {n} rows of {k} drafts and q of {q.shape}", "Give [n, k + 1, V] and [n, k, V].")
-    rows = np.arange(n)[:, None]
-    ratio = p[rows, np.arange(k), drafts] / np.maximum(q[rows, np.arange(k), drafts], np.finfo(float).tiny)
-    held = np.cumprod(dice.random((n, k)) < ratio, axis=1)
-    counts = held.sum(1)
-    behind = p[np.arange(n), counts]
-    lost = counts < k
-    behind[lost] = residual(behind[lost], q[lost, counts[lost]])
-    return Accepted(counts, draw(behind, dice))
+Odds = Callable[[int], np.ndarray]
+# Numbers [n] in [0, 1) for the token `depth` behind the text. Draw LAST decides which token it is when all drafts are rejected
+# or there are none, those behind it decide about the children that are tried. All must be independent of what drew the drafts:
+# so none is draw 0, with which plain decoding samples, and drafts that shall agree with it.
+Dice = Callable[[int, int], np.ndarray]
+LAST = 1
+DRAFT = 1 << 20  # draws from here on belong to those who draft
 
 
 class Walk(NamedTuple):
@@ -52,25 +38,47 @@ class Walk(NamedTuple):
     tokens: np.ndarray
 
 
-def accept_tree(p: np.ndarray, q: np.ndarray, drafts: np.ndarray, parents: Sequence[int], dice: np.random.Generator) -> Walk:
-    """`p [n, m + 1, V]` the target's probabilities behind the text (0) and behind each of m nodes; `q [n, m, V]` what each
-    of `drafts [n, m]` was drawn from, siblings independently of each other. Nodes come after their `parents`."""
+def accept_tree(p: Odds, q: Callable[[int], np.ndarray | None], drafts: np.ndarray, parents: Sequence[int], dice: Dice) -> Walk:
+    """Which of `drafts [n, m]` hold; nodes come after their `parents`. `p(node) [n, V]`: the target's probabilities behind a
+    node (-1: behind the text), asked for nodes that are reached only. `q(node) [n, V]`: what a draft was drawn from given all
+    before it, None if it was chosen."""
     n, m = drafts.shape
-    nodes, tokens = np.full(n, -1), np.full(n, -1)
+    nodes, tokens, depths = np.full(n, -1), np.full(n, -1), {-1: 0}
     alive = np.ones(n, dtype=bool)
     for parent in range(-1, m):
+        if parent >= 0:
+            depths[parent] = depths[parents[parent]] + 1
         here = alive & (nodes == parent)
-        left = p[:, parent + 1].copy()
-        for child in [i for i in range(m) if parents[i] == parent]:
-            token, of = drafts[:, child], np.arange(n)
-            chance = left[of, token] / np.maximum(q[of, child, token], np.finfo(float).tiny)
-            held = here & (dice.random(n) < chance)
+        if not here.any():
+            continue
+        left = p(parent).copy()
+        for number, child in enumerate([i for i in range(m) if parents[i] == parent], LAST + 1):
+            held = here & (dice(depths[parent], number) < _chance(left, q(child), drafts[:, child]))
             nodes[held] = child
             here &= ~held
-            left[here] = residual(left[here], q[here, child])
-        tokens[here] = draw(left[here], dice)
+            _take_out(left, q(child), drafts[:, child], here)
+        tokens[here] = pick(left[here], dice(depths[parent], LAST)[here])
         alive &= ~here
     return Walk(nodes, tokens)
+
+
+def _chance(left: np.ndarray, q: np.ndarray | None, drafts: np.ndarray) -> np.ndarray:
+    """With which probability [n] each draft holds; above 1 for certain."""
+    rows = np.arange(len(drafts))
+    chance: np.ndarray = left[rows, drafts] / (1.0 if q is None else np.maximum(q[rows, drafts], np.finfo(float).tiny))
+    return chance
+
+
+def _take_out(left: np.ndarray, q: np.ndarray | None, drafts: np.ndarray, rows: np.ndarray) -> None:
+    """What is left of the target's probabilities in `rows` after a rejection."""
+    if not rows.any():
+        return
+    if q is None:
+        certain = np.zeros((int(rows.sum()), left.shape[1]))
+        certain[np.arange(len(certain)), drafts[rows]] = 1.0
+        left[rows] = residual(left[rows], certain)
+    else:
+        left[rows] = residual(left[rows], q[rows])
 
 
 def residual(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -80,8 +88,28 @@ def residual(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.where(total > 0, rest / np.maximum(total, np.finfo(float).tiny), p)
 
 
-def draw(p: np.ndarray, dice: np.random.Generator) -> np.ndarray:
-    """One token [n] from each row of probabilities [n, V]."""
+def pick(p: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """The token [n] in each row of probabilities [n, V] at `u [n]` in [0, 1) of their sum, by id; never one of probability 0."""
     upto = p.cumsum(-1)
-    found: np.ndarray = (upto <= dice.random((len(p), 1)) * upto[:, -1:]).sum(-1).clip(max=p.shape[-1] - 1)
+    at = np.minimum(u[:, None] * upto[:, -1:], np.nextafter(upto[:, -1:], 0.0))
+    found: np.ndarray = (upto <= at).sum(-1).clip(max=p.shape[-1] - 1)
+    return found
+
+
+class Drawn(NamedTuple):
+    """A draft and what it was drawn from, [V]."""
+
+    token: int
+    odds: np.ndarray
+
+
+def draw_siblings(q: np.ndarray, count: int, dice: Callable[[int], float]) -> list[Drawn]:
+    """At most `count` different tokens drawn one after the other from `q [V]`; `dice(draw)` in [0, 1), draws from DRAFT on."""
+    found: list[Drawn] = []
+    while len(found) < count and (total := q.sum()) > 0:
+        q = q / total
+        token = int(pick(q[None], np.array([dice(DRAFT + len(found))]))[0])
+        found.append(Drawn(token, q))
+        q = q.copy()
+        q[token] = 0.0
     return found

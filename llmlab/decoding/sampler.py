@@ -110,6 +110,26 @@ def greedy(logits: Tensor) -> list[int]:
     return _argmax(logits.detach().float())
 
 
+def probabilities(logits: Tensor, rows: Sequence[SampleRow]) -> np.ndarray:
+    """What `sample` draws from: [n, vocab] float64, for `logits` [n, vocab] float32. Edits and filters included; all of it on one
+    token where a row is greedy; a row that has no finite largest logit is all 0. Sorts whole rows that have top_k or top_p."""
+    logits = logits.detach().float().clone()
+    _edit(logits, list(rows))
+    best = _argmax(logits)
+    found = np.zeros(logits.shape)
+    found[np.arange(len(rows)), best] = 1.0
+    found[np.array(best) < 0] = 0.0
+    drawn = [i for i, row in enumerate(rows) if best[i] >= 0 and row.sampling.temperature > 0.0]
+    if drawn:
+        found[drawn] = _shares(logits[drawn], _table([rows[i] for i in drawn]))
+    return found
+
+
+def scored(logits: Tensor, token: int, row: SampleRow) -> Sampled:
+    """`token` as the choice of a row [1, vocab], with the log-probabilities that the row asks for."""
+    return Sampled(token, _reported(logits.detach().float(), [token], [row], {}).get(0))
+
+
 def prompt_logprobs(logits: Tensor, next_token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
     """Log-probability and rank of each `next_token_ids` [n] under `logits` [n, vocab] float32, one per row.
 
@@ -179,10 +199,7 @@ def _outside(field: str, token: int, vocab: int) -> RequestError:
 # ---------------------------------------------------------------------------------- logits before the choice
 def _choose(logits: Tensor, rows: list[SampleRow]) -> list[int]:
     """Tokens of the rows that take more than an argmax; `logits` [m, vocab] is scratch. -1: none is left."""
-    if any(map(_edited, rows)):
-        _forbid_stops(logits, rows)
-        _add_bias(logits, rows)
-        _penalise(logits, rows)
+    _edit(logits, rows)
     tokens = _argmax(logits)
     drawn = [i for i, row in enumerate(rows) if tokens[i] >= 0 and row.sampling.temperature > 0.0]
     if drawn:
@@ -190,6 +207,13 @@ def _choose(logits: Tensor, rows: list[SampleRow]) -> list[int]:
         for i, token in zip(drawn, _draw(part, [rows[i] for i in drawn])):
             tokens[i] = token
     return tokens
+
+
+def _edit(logits: Tensor, rows: list[SampleRow]) -> None:
+    if any(map(_edited, rows)):
+        _forbid_stops(logits, rows)
+        _add_bias(logits, rows)
+        _penalise(logits, rows)
 
 
 def _cells(tokens: Sequence[Collection[int]], vocab: int) -> np.ndarray:
@@ -265,8 +289,7 @@ class _Ranked(NamedTuple):
 
 def _draw(logits: Tensor, rows: list[SampleRow]) -> list[int]:
     """Tokens [m] by inverse CDF over the filtered distribution, most likely token first."""
-    table = np.array([(row.sampling.temperature, row.sampling.min_p, row.sampling.top_k, row.sampling.top_p,
-                       rng.uniform(row.seed, row.request, row.position)) for row in rows])
+    table = _table(rows)
     weights = _weights(logits, table[:, :1], table[:, 1:2])
     total, tokens = weights.sum(1, keepdim=True).cpu().numpy(), np.full(len(rows), -1)
     for width in (*HEADS, logits.shape[1]):
@@ -277,6 +300,30 @@ def _draw(logits: Tensor, rows: list[SampleRow]) -> list[int]:
         part = weights[at].gather(1, torch.from_numpy(ranked.ids).to(logits.device)).cpu().numpy()
         tokens[rest] = _invert(_Controls(*np.split(table[rest], 5, axis=1)), ranked, part, total[rest])
     return tokens.tolist()
+
+
+def _table(rows: Sequence[SampleRow]) -> np.ndarray:
+    """The columns of `_Controls`, [m, 5]."""
+    table: np.ndarray = np.array([(row.sampling.temperature, row.sampling.min_p, row.sampling.top_k, row.sampling.top_p,
+                                   rng.uniform(row.seed, row.request, row.position)) for row in rows])  # fmt: skip
+    return table
+
+
+def _shares(logits: Tensor, table: np.ndarray) -> np.ndarray:
+    """The probability of each token [m, vocab] under the controls of `table`, whose draw counts for nothing."""
+    weights = _weights(logits, table[:, :1], table[:, 1:2])
+    c = _Controls(*np.split(table, 5, axis=1))
+    if not ((c.top_k > 0) | (c.top_p < 1)).any():
+        every: np.ndarray = weights.cpu().numpy().astype(np.float64)
+        every /= every.sum(1, keepdims=True)
+        return every
+    ranked = _ranked(logits, logits.shape[1])
+    part = weights.gather(1, torch.from_numpy(ranked.ids).to(logits.device)).cpu().numpy()
+    upto, total = part.cumsum(1), part.sum(1, keepdims=True)
+    kept, _ = _kept(c, ranked, part, upto - part, total, total)
+    found = np.zeros(logits.shape)
+    np.put_along_axis(found, ranked.ids, np.where(upto - part < kept, part, 0) / kept, 1)  # every filter keeps a prefix
+    return found
 
 
 def _scale_bits(vocab: int) -> int:

@@ -97,9 +97,9 @@ def accepted_path(item: WorkItem, token_ids: Sequence[int]) -> list[int]:
     return path
 
 
-def paths(item: WorkItem) -> list[tuple[int, ...]]:
-    """The drafts from the root to each draft, itself included."""
+def paths(drafts: Sequence[int], parents: Sequence[int]) -> list[tuple[int, ...]]:
+    """The drafts from the root to each draft, itself included. Without `parents` they are a chain."""
     found: list[tuple[int, ...]] = []
-    for token, parent in zip(item.drafts, parents_of(item)):
+    for token, parent in zip(drafts, parents or range(-1, len(drafts) - 1)):
         found.append((*(found[parent] if parent >= 0 else ()), token))
     return found

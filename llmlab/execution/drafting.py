@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
+from llmlab.decoding.draft_trees import is_chain
+from llmlab.decoding.speculative import paths
 from llmlab.execution.base import Row
-from llmlab.kernels.attention_plan import MAX_NODES
 from llmlab.seams import DraftContext, DraftSource, Proposal
-from llmlab.types import ItemResult, PolicyError
+from llmlab.types import MAX_NODES, ItemResult, PolicyError, WorkItem
 
 NO_STATES: Mapping[str, Any] = MappingProxyType({})
 
@@ -19,9 +21,19 @@ NO_STATES: Mapping[str, Any] = MappingProxyType({})
 class Drafter:
     """A guarded source. Drafts never change answers, so whatever it does wrong costs its drafts and nothing else."""
 
-    def __init__(self, source: DraftSource, vocab_size: int) -> None:
+    def __init__(self, source: DraftSource, vocab_size: int, acceptance: Literal["keyed", "rejection"] = "keyed") -> None:
         self._source, self._vocab_size = source, vocab_size
+        self.acceptance = acceptance
         self.reads_hidden = bool(getattr(source, "reads_hidden", False))
+        self._odds: dict[str, dict[tuple[int, ...], np.ndarray]] = {}  # by request and path: what its last drafts were drawn from
+
+    def odds(self, item: WorkItem) -> list[np.ndarray | None]:
+        """Of each draft of an item what it was drawn from, given those before it; None: it was chosen."""
+        known = self._odds.get(item.request, {})
+        return [known.get(path) for path in paths(item.drafts, item.parents)]
+
+    def forget(self, request: str) -> None:
+        self._odds.pop(request, None)
 
     def extend(self, rows: Sequence[Row], results: Sequence[ItemResult], known: Callable[[Row, ItemResult], Sequence[int]],
                hidden: Mapping[str, Any] = NO_STATES) -> tuple[ItemResult, ...]:  # fmt: skip
@@ -43,12 +55,16 @@ class Drafter:
                      for r in results)  # fmt: skip
 
     def _with_drafts(self, result: ItemResult, k: int, proposal: Proposal) -> ItemResult:
+        self.forget(result.request)
         try:
             checked = checked_proposal(proposal, k, self._vocab_size)
         except PolicyError as error:
             return msgspec.structs.replace(result, draft_error=str(error))
         if not checked.token_ids:
             return result
+        if checked.odds:
+            places = paths(checked.token_ids, checked.parents)
+            self._odds[result.request] = {path: q for path, q in zip(places, checked.odds) if q is not None}
         return msgspec.structs.replace(result, drafts=checked.token_ids, parents=checked.parents)
 
 
@@ -79,4 +95,17 @@ def checked_proposal(proposal: Proposal, k: int, vocab_size: int) -> Proposal:
         raise PolicyError("propose", parents, "must name one earlier draft, or -1, for each draft")
     if parents and len(tokens) > MAX_NODES:
         raise PolicyError("propose", len(tokens), f"drafts are more than the {MAX_NODES} nodes that a tree may have")
-    return Proposal(tokens, () if parents == tuple(range(-1, len(tokens) - 1)) else parents)
+    parents = () if is_chain(parents) else parents
+    return Proposal(tokens, parents, _checked_odds(proposal.odds, tokens, parents, vocab_size))
+
+
+def _checked_odds(odds: Sequence[Any], tokens: tuple[int, ...], parents: tuple[int, ...], vocab_size: int) -> tuple[Any, ...]:
+    """The odds, if they can be what the drafts were drawn from. Raises PolicyError: wrong ones would bend the answers."""
+    if not any(q is not None for q in odds):
+        return ()
+    if len(odds) != len(tokens) or len(set(paths(tokens, parents))) < len(tokens):
+        raise PolicyError("odds", len(odds), f"must be one entry for each of {len(tokens)} drafts, and siblings must differ")
+    for token, q in zip(tokens, odds):
+        if q is not None and not (np.shape(q) == (vocab_size,) and np.min(q) >= 0 and abs(np.sum(q) - 1) < 1e-6 and q[token] > 0):
+            raise PolicyError("odds", token, f"was not drawn from probabilities of {vocab_size} tokens that sum to 1")
+    return tuple([q if q is None else np.asarray(q, np.float64) for q in odds])

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,16 +16,28 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from llmlab.decoding.sampler import Sampled, SampleRow, greedy, plain, prompt_logprobs, sample, sample_row
-from llmlab.decoding.speculative import accepted_path, branches, depths, lineages, parents_of, paths
+from llmlab.decoding.speculative import accepted_path, branches, depths, lineages, paths
 from llmlab.execution.base import Done, Row, StepBatch, Ticket
 from llmlab.execution.drafting import Drafter
 from llmlab.execution.fixed import FixedPasses, Text
 from llmlab.execution.hybrid import Hybrid
+from llmlab.execution.judging import by_key, by_rejection
 from llmlab.execution.offload import ExpertOffload, LayerWindow
 from llmlab.kernels import pages
-from llmlab.kernels.layout import MAX_NODES, AttentionMetadata, TreeRow
+from llmlab.kernels.layout import AttentionMetadata, TreeRow
 from llmlab.models.loader import LoadedModel
-from llmlab.types import Durations, ItemResult, Move, RequestError, Span, StepResult, TokenLogprobs, WorkItem
+from llmlab.types import (
+    MAX_NODES,
+    Durations,
+    ItemResult,
+    Move,
+    Request,
+    RequestError,
+    Span,
+    StepResult,
+    TokenLogprobs,
+    WorkItem,
+)
 
 
 class Kept(NamedTuple):
@@ -158,6 +169,8 @@ class TorchExecutor:
             self._prompt_scores.pop(name, None)
             if self._hybrid is not None:
                 self._hybrid.forget(name)
+            if self._drafter is not None:
+                self._drafter.forget(name)
         parts: dict[str, float] = {}
         try:
             with torch.inference_mode():
@@ -365,11 +378,23 @@ class TorchExecutor:
             if min(tokens) >= 0 and len(last) == len(emitting) == len(rows):
                 return tuple([self._append(row, token) for row, token in zip(rows, tokens, strict=True)])
             sampled = [Sampled(token) for token in tokens] if min(tokens) >= 0 else ()
-        found = iter(sampled or sample(logits, [r for row in emitting for r in self._sample_rows(row)]))
-        by_request = {row.request.id: list(islice(found, 1 + len(row.item.drafts))) for row in emitting}
-        results = tuple(failed.get(row.request.id) or self._item_result(row, by_request.get(row.request.id)) for row in rows)
+        asked = [] if sampled else [r for row in emitting for r in self._sample_rows(row)]
+        sampled = sampled or sample(logits, asked)
+        held, at = {}, 0
+        for row in emitting:
+            here = slice(at, at := at + 1 + len(row.item.drafts))
+            held[row.request.id] = self._held(row.item, row.request, sampled[here], logits[here], asked[here])
+        results = tuple(failed.get(row.request.id) or self._item_result(row, held.get(row.request.id)) for row in rows)
         self.cache.rewrite([pair for row, result in zip(rows, results) for pair in _displaced(row, result, self._block_size)])
         return results
+
+    def _held(self, item: WorkItem, request: Request, sampled: Sequence[Sampled], logits: Tensor, rows: Sequence[SampleRow]
+              ) -> list[Sampled]:  # fmt: skip
+        """The drafts that hold, and one token more."""
+        drafter = self._drafter
+        if drafter is None or drafter.acceptance == "keyed" or not item.drafts or request.sampling.greedy or item.numerics == "fixed":
+            return by_key(item, sampled)
+        return by_rejection(item, sampled, logits, rows, drafter.odds(item))
 
     def _append(self, row: Row, token: int) -> ItemResult:
         """The result of a row whose token is all that was asked for."""
@@ -385,13 +410,12 @@ class TorchExecutor:
             tokens = tokens[:stop]  # what follows was only a candidate
         if not item.drafts:
             return [sample_row(request, self._seed, tokens)]
-        return [sample_row(request, self._seed, tokens, path) for path in ((), *paths(item))]
+        return [sample_row(request, self._seed, tokens, path) for path in ((), *paths(item.drafts, item.parents))]
 
-    def _item_result(self, row: Row, sampled: Sequence[Sampled] | None) -> ItemResult:
+    def _item_result(self, row: Row, found: Sequence[Sampled] | None) -> ItemResult:
         name, item = row.request.id, row.item
-        if sampled is None:
+        if found is None:
             return ItemResult(name)
-        found = verified(item, sampled)
         if found[0].error is not None:
             return ItemResult(name, error=found[0].error)
         token_ids = tuple([s.token_id for s in found])
@@ -423,16 +447,6 @@ def drawn_from(rows: Sequence[Row], results: Sequence[ItemResult], hidden: Tenso
             held = accepted_path(item, result.token_ids[:-1])
             found[row.request.id] = hidden[end - 1 - len(item.drafts) + (held[-1] + 1 if held else 0)]
     return found
-
-
-def verified(item: WorkItem, sampled: Sequence[Sampled]) -> list[Sampled]:
-    """Of what was sampled behind the last committed token and behind each draft, that which holds: at least one token."""
-    found, at, parents = [sampled[0]], -1, parents_of(item)
-    while True:
-        at = next((i for i, p in enumerate(parents) if p == at and item.drafts[i] == found[-1].token_id), -1)
-        if at < 0 or sampled[at + 1].error is not None:
-            return found
-        found.append(sampled[at + 1])
 
 
 def _positions(item: WorkItem) -> Iterable[int]:

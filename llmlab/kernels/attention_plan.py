@@ -17,7 +17,6 @@ import numpy as np
 CHUNK = 64  # KV positions gathered and scored at a time
 SEGMENT = 512  # KV positions that make one partial state: a multiple of CHUNK
 QUERY_ROWS = 64  # rows (query tokens x heads of a group) of a tile, if a group is not larger
-MAX_NODES = 63  # of a tree: which of them a node sees is one positive int64
 GATHER_ROWS = 16  # what gathering a KV position costs, in rows of arithmetic on it (measured)
 
 # Columns of an item: the row, its first query token (of the step) and their number, the KV range, and

@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmlab.kernels.attention_plan import MAX_NODES
 from llmlab.kernels.capability import KernelChoice
-from llmlab.types import LabError
+from llmlab.types import MAX_NODES, LabError
 
-__all__ = ["HOST", "MASKS", "MAX_NODES", "PLAN_FACTS", "AttentionMetadata", "AttentionState", "KernelChoice", "TreeMask", "TreeRow"]
+__all__ = ["HOST", "MASKS", "PLAN_FACTS", "AttentionMetadata", "AttentionState", "KernelChoice", "TreeMask", "TreeRow"]
 
 MASKS = ("causal", "full")
 HOST = "lengths on the host"

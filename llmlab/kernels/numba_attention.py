@@ -20,7 +20,6 @@ from torch import Tensor
 from llmlab.kernels.attention_plan import (
     CHUNK,
     GATHER_ROWS,
-    MAX_NODES,
     PARTIAL,
     ROW,
     SEGMENT,
@@ -58,7 +57,7 @@ from llmlab.kernels.vector import (
     transpose,
     width,
 )
-from llmlab.types import LabError
+from llmlab.types import MAX_NODES, LabError
 
 highest_score = highest(CHUNK)
 LOWEST = np.float32(-1e30)  # the maximum of no scores: finite, so that differences stay numbers

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmlab.kernels.layout import MAX_NODES, AttentionMetadata, AttentionState
-from llmlab.types import LabError
+from llmlab.kernels.layout import AttentionMetadata, AttentionState
+from llmlab.types import MAX_NODES, LabError
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 

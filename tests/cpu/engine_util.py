@@ -30,19 +30,19 @@ def text(tokens: Sequence[int]) -> str:
     return "".join(map(char, tokens))
 
 
-def write_model(directory: Path, eos: int | None = None, poisoned: bool = False) -> Any:
+def write_model(directory: Path, eos: int | None = None, poisoned: bool = False, vocab: int = VOCAB, seed: int = 0) -> Any:
     """Save the tiny model and its tokenizer; transformers' own model of it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     config = tiny_config("llama")
-    config.eos_token_id = eos
-    model = hf_model(config)
+    config.eos_token_id, config.vocab_size = eos, vocab
+    model = hf_model(config, seed)
     if poisoned:
         with torch.no_grad():
             model.get_input_embeddings().weight[POISON] = float("nan")
     model.save_pretrained(directory)
     (directory / "generation_config.json").unlink(missing_ok=True)
-    tokenizer = Tokenizer(models.WordLevel({char(i): i for i in range(VOCAB)}, unk_token=char(0)))
+    tokenizer = Tokenizer(models.WordLevel({char(i): i for i in range(vocab)}, unk_token=char(0)))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(directory / "tokenizer.json"))

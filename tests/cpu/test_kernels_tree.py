@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from llmlab.decoding.speculative import lineages
 from llmlab.kernels.dispatch import Kernels, make_kernels
-from llmlab.kernels.layout import MAX_NODES, AttentionMetadata, TreeRow
-from llmlab.types import LabError
+from llmlab.kernels.layout import AttentionMetadata, TreeRow
+from llmlab.types import MAX_NODES, LabError
 
 HEADS, GROUP, DIM = 2, 4, 32
 

@@ -310,7 +310,7 @@ def test_a_cut_takes_drafts_first() -> None:
 
 
 def test_trees() -> None:
-    assert depths(TREE) == [1, 1, 2, 2, 3] and paths(TREE)[4] == (5, 7, 9)
+    assert depths(TREE) == [1, 1, 2, 2, 3] and paths(TREE.drafts, TREE.parents)[4] == (5, 7, 9)
     assert accepted_path(TREE, [5, 8, 1]) == [0, 3] and accepted_path(TREE, [6, 7]) == [1] and accepted_path(TREE, [1]) == []
     cut = within(TREE, 2)
     assert (cut.drafts, cut.parents, cut.tokens) == ((5, 6, 7, 8), (-1, -1, 0, 0), Span(9, 14))
