@@ -221,6 +221,13 @@ def layer_skip(setup: DraftSetup) -> DraftSource:
     return DraftModel(setup.target, setup, max(1, setup.target.shape.num_layers // 2))
 
 
+def heads(setup: DraftSetup) -> DraftSource:
+    """The heads that were trained for the target and lie beside its weights."""
+    from llmlab.decoding.draft_heads import load_heads
+
+    return load_heads(setup)
+
+
 DRAFT_SOURCES: Registry[DraftSource] = Registry(
-    "speculation", {"ngram": ngram, "suffix": lambda setup: Suffix(plan=setup.plan), "layer_skip": layer_skip}
+    "speculation", {"ngram": ngram, "suffix": lambda setup: Suffix(plan=setup.plan), "layer_skip": layer_skip, "heads": heads}
 )

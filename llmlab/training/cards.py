@@ -63,6 +63,24 @@ class Gate(msgspec.Struct, frozen=True):
         return self.required is None or self.accuracy >= self.required
 
 
+class HeadsCard(msgspec.Struct, frozen=True):
+    """The draft heads that lie beside a model. ``states``: what they were trained on, states of the model's own greedy answers;
+    ``loss``: mean of the last 50 steps, nats per token; ``acceptance``: how often the i-th draft held, given those before it,
+    over ``held_out`` states of answers to held-out problems; ``minutes`` of CPU time, answers included."""
+
+    parameters: int
+    inner: int
+    seed: int
+    steps: int
+    states: int
+    loss: float
+    acceptance: list[float]
+    held_out: int
+    minutes: float
+    machine: str
+    sha256: str
+
+
 class Card(msgspec.Struct, frozen=True):
     """The card of one model. ``loss`` is the mean completion loss (nats per token) of the last 100 steps."""
 
@@ -83,6 +101,7 @@ class Card(msgspec.Struct, frozen=True):
     finished: bool
     gates: list[Gate] = []
     working_points: list[str] = []
+    heads: HeadsCard | None = None
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -171,4 +190,22 @@ Held out by hash (`sha1(problem) % 10 == 0`); the interval is Wilson's, 95 %.
 | phase | pools of 4,096 documents | tokens per step | suite | k | style | share of documents |
 |---|---|---|---|---|---|---|
 {mixture}
+{_heads_section(card.heads)}"""
+
+
+def _heads_section(heads: HeadsCard | None) -> str:
+    if heads is None:
+        return ""
+    numbers = " | ".join(str(i + 1) for i in range(len(heads.acceptance)))
+    held = " | ".join(f"{a:.2f}" for a in heads.acceptance)
+    return f"""
+## Draft heads (`heads.safetensors`)
+
+{heads.parameters:,} parameters (gate of {heads.inner}), for `speculation="heads"`. Trained on {heads.states:,} states of this model's own
+greedy answers, {heads.steps:,} steps, seed {heads.seed}, {heads.minutes:.1f} minutes of CPU time on {heads.machine}; loss at the end
+{heads.loss:.3f} nats per token. How often the i-th draft holds, given those before it, on held-out problems ({heads.held_out:,} states):
+
+| draft | {numbers} |
+|---|{"---|" * len(heads.acceptance)}
+| holds | {held} |
 """

@@ -108,7 +108,7 @@ def demonstrate(recipe: Recipe, rng: random.Random) -> Demonstration:
     """A training document of this kind; never a held-out problem."""
     made = _suite_for_training(recipe, rng)
     problem = made.problem(rng, k=recipe.k, style=recipe.style, split="train")
-    return made.demonstrate(_dress(problem, rng), rng)
+    return made.demonstrate(dress(problem, rng), rng)
 
 
 def _suite_for_training(recipe: Recipe, rng: random.Random) -> Suite:
@@ -117,7 +117,7 @@ def _suite_for_training(recipe: Recipe, rng: random.Random) -> Suite:
     return suite(recipe.suite)
 
 
-def _dress(problem: Problem, rng: random.Random) -> Problem:
+def dress(problem: Problem, rng: random.Random) -> Problem:
     """Slow arithmetic is asked in three ways: with the style token, bare, and as a chat message."""
     if problem.suite != "arith" or problem.meta["style"] != "slow":
         return problem

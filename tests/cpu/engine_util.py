@@ -19,6 +19,7 @@ from llmlab.outputs import RequestOutput
 from llmlab.types import SamplingParams
 
 VOCAB = 96
+PRACTICE = [[(7 * i + j) % (VOCAB - 1) for j in range(1 + i % 5)] for i in range(24)]  # prompts that heads learn from
 POISON = VOCAB - 1  # a token whose embedding is NaN in the poisoned model
 
 
@@ -124,3 +125,15 @@ def check_greedy_answers(engine: Engine, oracle: Oracle, longest: int) -> None:
         spec, tokens = specs[event.request], outputs.get(event.request, [])
         assert tokens == oracle.greedy(spec.prompt_token_ids, longest)[: len(tokens)], event
         assert event.reason == "abort" or len(tokens) == spec.sampling.max_tokens
+
+
+def write_heads(directory: Path, steps: int = 120) -> tuple[Any, Any]:
+    """Train draft heads on a few answers of the tiny model and save them beside it; (what training said, its samples)."""
+    from llmlab.decoding.draft_heads import save_heads
+    from llmlab.training import heads
+
+    plan = heads.Plan(inner=64, levels=3, rows=128, rate=1e-2, max_tokens=20)
+    samples = heads.record(str(directory), PRACTICE, plan)
+    made = heads.train(heads.Output.of(directory), samples, plan, steps)
+    save_heads(made.heads.weights(), directory)
+    return made, samples

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llmlab.papers import EXPERIMENTS, llm42, speculation
+import pytest
+
+from llmlab.papers import EXPERIMENTS, llm42, silent, speculation
 
 
 def test_the_experiment_on_drafts() -> None:
@@ -26,9 +28,20 @@ def test_the_roofline_predicts_that_drafts_stop_paying() -> None:
     assert gains == sorted(gains, reverse=True) and gains[0] > 1.5 and gains[-1] < 1
 
 
-def test_verified_requests_get_one_answer_in_the_short_experiment(tmp_path: Path) -> None:
-
+@pytest.mark.parametrize("dtype", llm42.FORMATS)
+def test_verified_requests_get_one_answer_in_the_short_experiment(dtype: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**llm42.SHAPE, "num_hidden_layers": 1}))
-    assert llm42.flipped(str(tmp_path), 3, 2, 8, deterministic=True) == 0.0
+    rides = llm42.flipped(str(tmp_path), llm42.QUICK._replace(rides=3, prompts=2, tokens=8), True, dtype)
+    assert (rides.several, rides.tokens) == (0.0, 48) and rides.flips < rides.tokens
+
+
+def test_the_cost_of_verification_by_share_and_by_shape(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**llm42.SHAPE, "num_hidden_layers": 1}))
     rates, rolled = llm42.throughputs(str(tmp_path), 4, 1)
     assert set(rates) == set(rolled) == {*llm42.SHARES, llm42.ALL_FIXED} and min(rates.values()) > 0
+    sizes = llm42.QUICK._replace(grid_tokens=6)
+    cells = llm42.grid(str(tmp_path), sizes, silent)
+    assert set(cells) == {(n, w) for n in sizes.groups for w in sizes.windows} and min(c.rate for c in cells.values()) > 0
+    assert all(0 <= cell.recomputed < 1 for cell in cells.values())
+    assert llm42.grid_chart(cells).to_dict()["title"] and len(llm42._grid_table(cells).rows) == len(sizes.groups)
+    assert [finding.kind for finding in llm42._grid_findings(cells)] == ["measured", "measured"]

@@ -18,6 +18,7 @@ from engine_util import (
     serve,
     tiny_engine,
     tokens_of,
+    write_heads,
     write_model,
 )
 from hypothesis import given, settings
@@ -37,7 +38,9 @@ PROMPTS = [[(i * 31 + n * 7) % VOCAB for i in range(n)] for n in (1, 3, 8, 17)] 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Oracle]:
     directory = tmp_path_factory.mktemp("tiny")
-    yield Oracle(directory, write_model(directory))
+    model = write_model(directory)
+    write_heads(directory)
+    yield Oracle(directory, model)
 
 
 def script(oracle: Oracle, acceptance: Sequence[float]) -> Script:
@@ -57,7 +60,7 @@ def drafting(oracle: Oracle, source: str, **fields: Any) -> dict[str, Any]:
 
 def sources(oracle: Oracle) -> dict[str, Any]:
     return {"ngram": "ngram", "suffix": "suffix", "itself": str(oracle.directory), "script": script(oracle, (0.9, 0.6)),
-            "layer_skip": "layer_skip", "bushes": Bushes(oracle)}
+            "layer_skip": "layer_skip", "heads": "heads", "bushes": Bushes(oracle)}
 
 
 class Bushes:
@@ -96,7 +99,7 @@ def rough_rides(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("source", ["ngram", "suffix", "itself", "script", "layer_skip", "bushes", "itself 2x2x1", "suffix 2x2",
-                                    "layer_skip 3x1x1"])  # fmt: skip
+                                    "layer_skip 3x1x1", "heads"])  # fmt: skip
 @given(fields=rough_rides(), seed=st.integers(0, 2**16))
 @settings(max_examples=6)
 def test_rough_rides_end_at_the_tokens_of_plain_decoding(source: str, fields: dict[str, Any], seed: int, oracle: Oracle) -> None:
@@ -224,7 +227,7 @@ def test_models_with_other_vocabularies_are_refused_and_the_ids_named(oracle: Or
 
 
 def test_an_unknown_source_is_answered_with_those_that_are_known() -> None:
-    with pytest.raises(ConfigError, match=r"speculation='lab-z': .*Sources without a model: layer_skip, ngram, suffix"):
+    with pytest.raises(ConfigError, match=r"speculation='lab-z': .*Sources without a model: heads, layer_skip, ngram, suffix"):
         llmlab.Engine(model="lab-s", speculation="lab-z")
 
 

@@ -1,0 +1,161 @@
+"""A small network that drafts from the target's own state (seam E), after EAGLE (arXiv 2401.15077) without its attention, as
+in recurrent drafters (arXiv 2403.09919).
+
+    s0                      the target's state behind its last layer, from which it drew token t0
+    s(i+1) = s(i) + down (silu(gate) * up),      [gate; up] = W_state norm(s(i)) + W_token norm(embed(t(i)))
+    t(i+1) = the target's final norm and output layer over s(i+1)
+
+Embedding, final norm and output layer are the target's, so the heads are two matrices. They read no prompt and keep no KV:
+a request whose drafts nobody wanted for a while costs nothing until they are wanted again. They are trained for one target
+(`llmlab.training.heads`) and lie beside its weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmlab.decoding.drafts import DraftSetup
+from llmlab.decoding.sampler import greedy, plain, sample, sample_row
+from llmlab.models.loader import LoadedModel
+from llmlab.models.transformer import Transformer
+from llmlab.seams import DraftContext, Proposal
+from llmlab.types import ConfigError
+
+FILE = "heads.safetensors"
+EPS = 1e-5
+CHUNK = 1 << 20  # bytes of a target's weights that its fingerprint is made from
+
+
+class HeadWeights(NamedTuple):
+    """`state_norm [d]`, `w_state [2f, d]`, `w_token [2f, d]`, `down [d, f]` of one dtype."""
+
+    state_norm: Tensor
+    w_state: Tensor
+    w_token: Tensor
+    down: Tensor
+
+    def check(self, hidden_size: int) -> None:
+        """Raises ConfigError unless the sizes fit each other and a target of this width."""
+        inner = self.down.shape[-1]
+        wanted = {"state_norm": (hidden_size,), "w_state": (2 * inner, hidden_size), "w_token": (2 * inner, hidden_size),
+                  "down": (hidden_size, inner)}  # fmt: skip
+        for name, shape in wanted.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise ConfigError("speculation", FILE, f"its {name} is {list(found)} where the target needs {list(shape)}", _RETRAIN)
+
+
+_RETRAIN = "Train heads for this target: python -m llmlab.training.heads MODEL --minutes 3."
+
+
+class DraftHeads:
+    """Drafts token by token; all requests go on together. Those that sample draft with the random numbers of the target."""
+
+    reads_hidden = True
+
+    def __init__(self, target: Transformer, weights: HeadWeights, seed: int = 0, name: str = "heads") -> None:
+        weights.check(target.shape.hidden_size)
+        self.name, self._target, self._seed = name, target, seed
+        kernels, dtype, device = target.kernels, target.dtype, target.device
+        self._norm = weights.state_norm.to(device, torch.float32)
+        self._w_state = kernels.linear(weights.w_state.to(device, dtype))
+        self._down = kernels.linear(weights.down.to(device, dtype))
+        self._token_part = _token_part(target, weights)
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
+        drafts: dict[str, list[int]] = {c.request.id: [] for c in contexts}
+        going = [c for c in contexts if c.k and c.hidden is not None]
+        if going:
+            with torch.inference_mode():
+                self._draft(going, drafts)
+        return [Proposal(tuple(drafts[c.request.id])) for c in contexts]
+
+    def _draft(self, going: Sequence[DraftContext], drafts: dict[str, list[int]]) -> None:
+        state = torch.stack([c.hidden for c in going])
+        newest = [c.token_ids[-1] for c in going]
+        while True:
+            state = self.step(state, newest)
+            newest = self._choose(self._target.logits(state), going, drafts)
+            for c, token in zip(going, newest, strict=True):
+                if token >= 0:
+                    drafts[c.request.id].append(token)
+            stay = [i for i, c in enumerate(going) if newest[i] >= 0 and len(drafts[c.request.id]) < c.k]
+            if not stay:
+                return
+            if len(stay) < len(going):
+                state, going, newest = state[stay], [going[i] for i in stay], [newest[i] for i in stay]
+
+    def step(self, state: Tensor, token_ids: Sequence[int]) -> Tensor:
+        """States [n, hidden_size] behind `token_ids`, from those that these tokens were drawn from."""
+        kernels = self._target.kernels
+        inner = kernels.norm_linear(state, self._norm, EPS, self._w_state) + self._token_part[list(token_ids)]
+        return kernels.linear_add(kernels.gated_act(inner, "silu"), self._down, state)
+
+    def _choose(self, logits: Tensor, contexts: Sequence[DraftContext], drafts: dict[str, list[int]]) -> list[int]:
+        """The next draft of each; -1 where there is none."""
+        if all(plain(c.request.sampling) for c in contexts):
+            return greedy(logits)
+        rows = [sample_row(c.request, self._seed, c.token_ids, drafts[c.request.id]) for c in contexts]
+        return [sampled.token_id for sampled in sample(logits, rows)]
+
+
+def _token_part(target: Transformer, weights: HeadWeights) -> Tensor:
+    """What each token of the vocabulary adds before the gate, [vocab_size, 2f]: known as soon as the weights are."""
+    ids = torch.arange(target.shape.vocab_size, device=target.device)
+    embedded = torch.nn.functional.rms_norm(target.embed(ids).float(), (target.shape.hidden_size,), eps=EPS)
+    return (embedded @ weights.w_token.to(target.device, torch.float32).T).to(target.dtype)
+
+
+# ------------------------------------------------------------------------------------------- on disk
+def fingerprint(directory: Path) -> str:
+    """Tells the weights of one model directory from those of another: 16 hex digits from the size and the beginning of its
+    first weights file."""
+    files = [path for path in sorted(directory.glob("*.safetensors")) if path.name != FILE]
+    if not files:
+        return ""
+    with files[0].open("rb") as file:
+        return hashlib.sha256(f"{files[0].stat().st_size}/".encode() + file.read(CHUNK)).hexdigest()[:16]
+
+
+def save_heads(weights: HeadWeights, directory: Path) -> Path:
+    """Write heads (bfloat16) beside the weights of the target that they were trained for."""
+    tensors = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in weights._asdict().items()}
+    path = directory / FILE
+    save_file(tensors, str(path), metadata={"format": "pt", "target": directory.name, "fingerprint": fingerprint(directory)})
+    path.chmod(0o644)
+    return path
+
+
+def load_heads(setup: DraftSetup) -> DraftHeads:
+    """The heads of a target. Raises ConfigError if it has none, or they are those of another one."""
+    target = setup.target
+    if target is None:
+        raise ConfigError("speculation", "heads", "the simulator has no states to draft from",
+                          "Say what would be accepted: llmlab.speculating.Simulated((0.5, 0.4)).")  # fmt: skip
+    path = None if target.directory is None else target.directory / FILE
+    if path is None or not path.is_file():
+        raise ConfigError("speculation", "heads", f"{target.name} has no {FILE} beside its weights",
+                          f"Train some: python -m llmlab.training.heads {target.name} --minutes 3.")  # fmt: skip
+    return DraftHeads(target.model, _read(path, target), setup.seed)
+
+
+def _read(path: Path, target: LoadedModel) -> HeadWeights:
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        weights = HeadWeights(**found)
+    except (SafetensorError, TypeError, OSError) as error:
+        raise ConfigError("speculation", str(path), f"does not read as draft heads ({error})", _RETRAIN) from None
+    if metadata.get("fingerprint") != fingerprint(path.parent):
+        raise ConfigError("speculation", str(path), f"was trained for the states of {metadata.get('target', 'another model')!r} "
+                          f"with other weights than those of {target.name}", _RETRAIN)  # fmt: skip
+    return weights
