@@ -57,13 +57,15 @@ _RETRAIN = "Train heads for this target: python -m llmlab.training.heads MODEL -
 
 
 class DraftHeads:
-    """Drafts token by token; all requests go on together. Those that sample draft with the random numbers of the target."""
+    """Drafts token by token; all requests go on together. Those that sample draft with the random numbers of the target, so that
+    where the two agree the same token comes out; or, for rejection sampling, which needs drafts that owe nothing to these
+    numbers, what is likeliest (`chosen`)."""
 
     reads_hidden = True
 
-    def __init__(self, target: Transformer, weights: HeadWeights, seed: int = 0, name: str = "heads") -> None:
+    def __init__(self, target: Transformer, weights: HeadWeights, seed: int = 0, chosen: bool = False) -> None:
         weights.check(target.shape.hidden_size)
-        self.name, self._target, self._seed = name, target, seed
+        self.name, self._target, self._seed, self._chosen = "heads", target, seed, chosen
         kernels, dtype, device = target.kernels, target.dtype, target.device
         self._norm = weights.state_norm.to(device, torch.float32)
         self._w_state = kernels.linear(weights.w_state.to(device, dtype))
@@ -101,7 +103,7 @@ class DraftHeads:
 
     def _choose(self, logits: Tensor, contexts: Sequence[DraftContext], drafts: dict[str, list[int]]) -> list[int]:
         """The next draft of each; -1 where there is none."""
-        if all(plain(c.request.sampling) for c in contexts):
+        if self._chosen or all(plain(c.request.sampling) for c in contexts):
             return greedy(logits)
         rows = [sample_row(c.request, self._seed, c.token_ids, drafts[c.request.id]) for c in contexts]
         return [sampled.token_id for sampled in sample(logits, rows)]
@@ -140,11 +142,13 @@ def load_heads(setup: DraftSetup) -> DraftHeads:
     if target is None:
         raise ConfigError("speculation", "heads", "the simulator has no states to draft from",
                           "Say what would be accepted: llmlab.speculating.Simulated((0.5, 0.4)).")  # fmt: skip
+    if setup.tree:
+        raise ConfigError("draft_tree", "x".join(map(str, setup.tree)), "heads draft chains only", "Leave draft_tree out.")
     path = None if target.directory is None else target.directory / FILE
     if path is None or not path.is_file():
         raise ConfigError("speculation", "heads", f"{target.name} has no {FILE} beside its weights",
                           f"Train some: python -m llmlab.training.heads {target.name} --minutes 3.")  # fmt: skip
-    return DraftHeads(target.model, _read(path, target), setup.seed)
+    return DraftHeads(target.model, _read(path, target), setup.seed, setup.drawn)
 
 
 def _read(path: Path, target: LoadedModel) -> HeadWeights:

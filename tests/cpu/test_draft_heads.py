@@ -173,6 +173,11 @@ def test_damaged_heads_are_named(trained: Any, oracle: Oracle, tmp_path: Path) -
         tiny_engine(bad, speculation="heads")
 
 
+def test_trees_are_refused(trained: Any, oracle: Oracle) -> None:
+    with pytest.raises(ConfigError, match="heads draft chains only"):
+        tiny_engine(oracle.directory, speculation="heads", draft_tree="2x2")
+
+
 def test_the_simulator_has_no_states() -> None:
     with pytest.raises(ConfigError, match="the simulator has no states to draft from"):
         llmlab.Engine(model="llama-3.1-8b", executor="sim", hardware="a10", speculation="heads")
