@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -81,7 +81,7 @@ class Listener:
         return [Proposal()] * len(contexts)
 
 
-def problems(count: int, split: str, seed: int) -> list[Prompt]:
+def problems(count: int, split: Literal["train", "test"], seed: int) -> list[Prompt]:
     """Prompts in the mixture that the lab models were trained on last."""
     dice = random.Random(f"heads-{split}-{seed}")
     recipes: list[Recipe] = dice.choices(FOCUS.mixture, [r.share for r in FOCUS.mixture], k=count)
