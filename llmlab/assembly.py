@@ -36,6 +36,7 @@ from llmlab.execution.expert_timeline import RooflineExperts
 from llmlab.execution.pool_plan import GRAPH_BYTES, Memory, budget_bytes, kv_blocks, no_room, out_of_memory
 from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor
 from llmlab.execution.sim_offload import ExpertSimExecutor, host_of, routing_for
+from llmlab.execution.tensor_parallel import SIZES, check_group, divides, group_kv_bytes, group_weight_bytes
 from llmlab.kernels.capability import check_dtype, default_dtype
 from llmlab.kernels.quant_spec import parse_quantization
 from llmlab.memory.eviction import EVICTIONS, LRU
@@ -172,8 +173,6 @@ def build_scheduler(config: EngineConfig, cost: CostModel, limits: Limits, log: 
     memory = KVManager(num_blocks, num_host_blocks, config.block_size, config.enable_prefix_caching, log,
                        eviction_chooser(config, log))  # fmt: skip
     policies = policies_of(config, log, cost, drafts)
-    draft_cost = draft_cost_of(cost, drafts, config)
-    cost = cost if draft_cost is None else WithDrafts(cost, draft_cost)
     return Scheduler(policies, memory, cost, log, limits, config.view_cap, config.num_alternatives,
                      lambda seam, choice: reseated(config, log, seam, choice, cost))  # fmt: skip
 
@@ -183,10 +182,11 @@ def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: E
     from llmlab import __version__
 
     model, device = backend.model, backend.hardware
-    linear = Precision.parse(backend.precision).linear_format
+    linear, devices = Precision.parse(backend.precision).linear_format, config.tensor_parallel_size
     log.emit(
         ev.RunStarted, mode=executor.mode, config=effective, code=__version__, seed=config.seed, level=config.log_level,
-        hardware={"name": device.name, "bandwidth": device.bandwidth, "peak": device.peak_of(linear), "threads_why": backend.threads_why,
+        hardware={"name": device.name, "bandwidth": devices * device.bandwidth, "peak": devices * device.peak_of(linear),
+                  **({"devices": devices} if devices > 1 else {}), "threads_why": backend.threads_why,
                   **executor.describe()},
         model={"name": model.name, "vocab_size": model.vocab_size, "eos_token_ids": list(model.eos_token_ids),
                "kv_bytes_per_token": backend.bytes_per_token, "precision": backend.precision,
@@ -225,8 +225,9 @@ def _drafting(config: EngineConfig, log: EventLog, cost: CostModel, drafts: shap
     """Who decides on the number of drafts, if there are any."""
     if config.speculation is None:
         return None
-    outlook = outlook_of(cost, draft_cost_of(cost, drafts, config), config)
-    return Drafting(_seam(config, log, "draft_policy"), outlook, source_name(config.speculation))
+    own = draft_cost_of(cost, drafts, config)
+    plans = cost if own is None else WithDrafts(cost, own)
+    return Drafting(_seam(config, log, "draft_policy"), outlook_of(cost, own, config), source_name(config.speculation), plans)
 
 
 def _seam(config: EngineConfig, log: EventLog, name: str) -> Seam[Any]:
@@ -276,6 +277,9 @@ def eviction_chooser(config: EngineConfig, log: EventLog) -> Any:
 
 # ----------------------------------------------------------------------------------------- backends
 def _torch_backend(config: EngineConfig) -> Backend:
+    if config.tensor_parallel_size > 1:
+        raise ConfigError("tensor_parallel_size", config.tensor_parallel_size, "the torch executor runs on one device",
+                          "Use executor='sim', or leave it out.")  # fmt: skip
     import torch
 
     from llmlab.execution.threads import choose_threads
@@ -408,9 +412,12 @@ def _sim_backend(config: EngineConfig) -> Backend:
         raise ConfigError("dtype", config.dtype, f"the profile {machine.name} was measured in {own}",
                           "Leave dtype out, or measure a profile in that format.")  # fmt: skip
     dtype = _narrowed(config, dtype, machine.name)
-    cost = RooflineCost(shape, machine.name, config.block_size, dtype, _host(config), config.attention_plan)
+    check_group(config, shape, machine, is_profile(machine.name))
+    devices = config.tensor_parallel_size
+    cost = RooflineCost(shape, machine.name, config.block_size, dtype, _host(config), config.attention_plan, devices)
     facts = ModelFacts(shape.name, shape.vocab_size, config.max_model_len or 1 << 20, (shape.vocab_size - 1,), shape)
-    return Backend(facts, cost, machine, None, None, "", shape.kv_bytes_per_token(dtype), dtype)
+    kv_bytes = group_kv_bytes(shape, Precision.parse(dtype), devices)
+    return Backend(facts, cost, machine, None, None, "", kv_bytes, dtype)
 
 
 def _simulated_shape(model: str, hardware: str) -> shapes.Shape:
@@ -456,7 +463,7 @@ def _host(config: EngineConfig) -> hw.Hardware | str | None:
 def _default_num_blocks(config: EngineConfig, backend: Backend) -> int:
     """Blocks that memory has room for; on a CPU without a budget a fixed share, as memory is not the device's own."""
     per_block = backend.bytes_per_token * config.block_size
-    budget = None if config.gpu_memory is None else budget_bytes(config.gpu_memory)
+    budget = None if config.gpu_memory is None else config.tensor_parallel_size * budget_bytes(config.gpu_memory)
     on_gpu = backend.loaded is not None and backend.loaded.device.type == "cuda"
     if backend.loaded is not None and budget is None and not on_gpu:
         most = config.max_num_seqs * -(-backend.model.max_model_len // config.block_size)
@@ -466,10 +473,22 @@ def _default_num_blocks(config: EngineConfig, backend: Backend) -> int:
     if blocks < 1:
         narrow = {name: weight_bytes(backend.model.shape, Precision.parse(parse_quantization(name).precision(16))) for name in ("int8", "int4")}
         asked = ("model", config.model) if budget is None else ("gpu_memory", config.gpu_memory)
-        raise no_room(*asked, memory, per_block, budget, narrow)
+        raise no_room(*asked, memory, per_block, budget, narrow, _larger_group(config, backend))
     if backend.loaded is not None:
         blocks = min(blocks, config.max_num_seqs * -(-backend.model.max_model_len // config.block_size))
     return blocks
+
+
+def _larger_group(config: EngineConfig, backend: Backend) -> int | None:
+    """The smallest number of such devices on which a simulated model has room for KV."""
+    shape, precision = backend.model.shape, Precision.parse(backend.precision)
+    each = backend.hardware.memory_bytes if config.gpu_memory is None else min(backend.hardware.memory_bytes, budget_bytes(config.gpu_memory))
+    for devices in (n for n in SIZES if n > config.tensor_parallel_size and divides(shape, n)):
+        memory = Memory(devices * each, 0.0, group_weight_bytes(shape, precision, devices), 0.0)
+        alone = backend.loaded is not None or is_profile(backend.hardware.name) or "peer" not in backend.hardware.links
+        if not alone and kv_blocks(memory, group_kv_bytes(shape, precision, devices) * config.block_size) > 0:
+            return devices
+    return None
 
 
 def _memory(config: EngineConfig, backend: Backend) -> Memory:
@@ -480,7 +499,9 @@ def _memory(config: EngineConfig, backend: Backend) -> Memory:
         away = shape.moe_layers() * shape.num_experts - _num_slots(config, shape)
         weights -= max(0, away) * 3 * shape.hidden_size * shape.moe_intermediate_size * precision.weight_bytes
     if backend.loaded is None:
-        return Memory(backend.hardware.memory_bytes, 0.0, weights, 0.0)
+        devices = config.tensor_parallel_size
+        whole = weights if devices == 1 else group_weight_bytes(shape, precision, devices)
+        return Memory(devices * backend.hardware.memory_bytes, 0.0, whole, 0.0)
     active = activation_bytes(shape, precision, config.max_num_batched_tokens, config.max_num_seqs)
     if backend.loaded.device.type != "cuda":
         return Memory(backend.hardware.memory_bytes, 0.0, weights, active)

@@ -36,7 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     plain decoding draws ("keyed"), or by rejection sampling, which accepts more where the draft model is unsure and makes answers
     depend on the drafts, but not their distribution. `fixed_rows`: tokens in a pass with fixed numerics, for requests that must be
     deterministic.
-    `attention_plan`: what predictions charge for attention on a GPU, see docs/gpu.md. Raises ConfigError.
+    `attention_plan`: what predictions charge for attention on a GPU, see docs/gpu.md. `tensor_parallel_size`: simulated
+    devices side by side that share every layer (docs/simulator.md); `gpu_memory` is then that of each. Raises ConfigError.
     """
 
     model: str = "lab-s"
@@ -51,6 +52,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quantization: str | None = None
     gpu_memory: str | int | None = None
     attention_plan: Literal["ideal", "balanced", "per_row"] = "ideal"
+    tensor_parallel_size: int = 1
 
     block_size: int = 16
     num_blocks: int | None = None
@@ -93,7 +95,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_batched_tokens", "max_num_seqs", "log_capacity", "view_cap",
-                     "num_speculative_tokens", "fixed_rows"):  # fmt: skip
+                     "num_speculative_tokens", "fixed_rows", "tensor_parallel_size"):  # fmt: skip
             self._at_least(name, 1)
         for name in ("overlap_depth", "check_interval", "num_alternatives"):
             self._at_least(name, 0)

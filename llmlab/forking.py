@@ -216,7 +216,8 @@ def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayC
     shape = Shape(**model["shape"])
     cost, device = recorded_cost(run, config), run.started.hardware["name"]
     tokens = RecordedTokens(run, shape.vocab_size)
-    executor = SimExecutor(wall_cost(cost, config.overlap_depth), tokens, clock, {"device": device}, config.block_size)
+    executor = SimExecutor(wall_cost(cost, config.overlap_depth), tokens, clock, {"device": device}, config.block_size,
+                           detailed=config.log_level >= 4)  # fmt: skip
     facts = ModelFacts(
         model["name"], shape.vocab_size, scheduler.limits.max_model_len, tuple(model["eos_token_ids"]), shape
     )

@@ -49,7 +49,7 @@ def recorded_cost(run: Run, config: EngineConfig) -> RooflineCost:
     """The cost model that a run was planned with."""
     started = run.started
     return RooflineCost(Shape(**started.model["shape"]), started.hardware["name"], config.block_size,
-                        started.model["precision"], config.host, config.attention_plan)  # fmt: skip
+                        started.model["precision"], config.host, config.attention_plan, config.tensor_parallel_size)  # fmt: skip
 
 
 def recorded_draft(run: Run, source: str | None) -> Shape | None:

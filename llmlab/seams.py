@@ -489,6 +489,10 @@ class LayerCost(Protocol):
         """The linears of `num_tokens` new tokens, on the device."""
         ...
 
+    def collective(self, num_tokens: int) -> float:
+        """The part of `around(...).after` in which the devices of a group add up what each has (0 for one device)."""
+        ...
+
     def attention(self, items: Sequence[WorkItem]) -> float:
         """The attention of `items` on the device."""
         ...

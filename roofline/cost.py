@@ -467,6 +467,13 @@ class CostModel:
         """Return the seconds of the embedding of ``entering`` tokens and of the scores of ``leaving`` ones."""
         return self._edge(entering, 0).seconds + self._edge(0, leaving).seconds
 
+    def collective_seconds(self, tokens: int) -> float:
+        """Return the seconds in which a layer's parts are added up over the devices of the group (0 for one device)."""
+        if self.tp == 1 or not tokens:
+            return 0.0
+        ops = block_ops(self.shape, tokens, self.precision, self.tp)
+        return sum(self.op_cost(op).seconds for op in ops if op.kind == "collective")
+
     def layer_weight_bytes(self, layer: int) -> float:
         """Return the bytes of one layer's weights on one device of the group, all its experts included."""
         experts = float(self.shape.num_experts) if self.shape.is_moe(layer) else None

@@ -43,6 +43,7 @@ ABOUT: Mapping[str, About] = {
     "random_weights": About("Model and machine", "Fill a shape with random weights (speed is real, answers are not)."),
     "quantization": About("Model and machine", "Narrow weights: int8 or int4, with -gN and -sym or -asym if you like (int4-g32-sym)."),
     "gpu_memory": About("KV memory", "What weights and KV may take: bytes, 16GB, or the card to imitate (t4)."),
+    "tensor_parallel_size": About("Model and machine", "Simulated devices that share every layer."),
     "attention_plan": About("Model and machine", "How predictions deal attention to a GPU's programs."),
     "block_size": About("KV memory", "Tokens in a KV block."),
     "num_blocks": About("KV memory", "Blocks in the KV pool; auto: from memory."),

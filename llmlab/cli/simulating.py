@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmlab.events.why import Stretch, Why
     from llmlab.workloads.source import Load
 
-FIELDS = ("model", "hardware", "host", "dtype", "quantization", "gpu_memory", "attention_plan", "block_size", "num_blocks", "num_host_blocks", "enable_prefix_caching",
+FIELDS = ("model", "hardware", "host", "dtype", "quantization", "gpu_memory", "attention_plan", "tensor_parallel_size", "block_size", "num_blocks", "num_host_blocks", "enable_prefix_caching",
           "max_num_batched_tokens", "max_num_seqs", "max_model_len", "overlap_depth", "ordering", "admission", "composer",
           "victim", "placement", "eviction", "tiering", "decoding", "seed", "log_level", "log_capacity", "check_interval",
           "policy_timeout", "num_alternatives", "view_cap", "speculation", "num_speculative_tokens", "draft_tree", "draft_policy", "fixed_rows",
@@ -150,7 +150,8 @@ def _print(outcome: Outcome, workload: str, config: EngineConfig) -> None:
     from llmlab.cli.tables import metrics_tables
 
     console = stdout()
-    console.print(f"[bold]Metrics[/bold], simulated: {config.model} on {outcome.device}, nothing was measured")
+    group = f"{config.tensor_parallel_size} x " if config.tensor_parallel_size > 1 else ""
+    console.print(f"[bold]Metrics[/bold], simulated: {config.model} on {group}{outcome.device}, nothing was measured")
     console.print(Text(workload, "dim"), soft_wrap=True)
     console.print(metrics_tables(outcome.metrics, outcome.num_blocks, console.width))
     worst = worst_request(outcome.requests)

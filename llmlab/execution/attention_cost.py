@@ -13,6 +13,7 @@ from llmlab.kernels.attention_plan import GridPlan, plan_grid, plan_per_row
 from llmlab.kernels.capability import Capability, capability_of, decode_tile, prefill_tile
 from llmlab.types import ConfigError, unknown_name
 from roofline.cost import CostModel
+from roofline.ops import Slice
 from roofline.rows import Rows
 
 PLANS = ("ideal", "balanced", "per_row")
@@ -24,8 +25,9 @@ class PlanCost:
     def __init__(self, kind: str, model: CostModel, capability: Capability) -> None:
         shape = model.shape
         self._kind, self._model, self._capability = kind, model, capability
-        self._heads, self._group, self._dim = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads, shape.head_dim
-        self._num_layers, self._query_heads = shape.num_layers, shape.num_heads
+        part = Slice.of(shape, model.tp)  # a group's devices run the same plan, each with its own heads
+        self._heads, self._group, self._dim = part.kv_heads, part.heads // part.kv_heads, shape.head_dim
+        self._num_layers, self._query_heads = shape.num_layers, part.heads
 
     def plans(self, rows: Rows) -> list[tuple[Rows, GridPlan]]:
         """The classes of a step, each with its plan."""

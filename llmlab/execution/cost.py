@@ -20,6 +20,7 @@ import llmlab
 from llmlab.execution.attention_cost import plan_cost
 from llmlab.execution.opgraph import Pending, build
 from llmlab.execution.overlap import Overlap
+from llmlab.execution.tensor_parallel import group_kv_bytes
 from llmlab.execution.timelines import Timelines, busy
 from llmlab.seams import CostModel, DraftOutlook, LayerCost
 from llmlab.types import Cost, Move, Span, Traffic, WorkItem
@@ -29,6 +30,7 @@ from roofline.errors import RooflineError, nearest
 from roofline.hardware import Hardware
 from roofline.hardware import get as get_hardware
 from roofline.ops import AttentionRates
+from roofline.precision import Precision
 from roofline.profile import Machine, Profile, ProfileCost, read, same_sizes
 from roofline.rows import Rows
 from roofline.shapes import Shape
@@ -46,12 +48,13 @@ class RooflineCost:
     """Predicted cost of steps and swaps of one model on one device. See `seams.CostModel`.
 
     Measured if `hardware` names a profile, else computed. `host`: the CPU beside the device, which attends for items that
-    were placed there (None: DEFAULT_HOST, or what the profile measured). Raises RooflineError.
+    were placed there (None: DEFAULT_HOST, or what the profile measured). `devices` share every layer: seconds are those of
+    the group, operations, bytes and joules those of all its devices. Raises RooflineError.
     """
 
     def __init__(self, shape: Shape, hardware: Hardware | str, block_size: int, dtype: str | None = None,
-                 host: Hardware | str | None = None, attention_plan: str = "ideal") -> None:  # fmt: skip
-        self.shape, self.block_size = shape, block_size
+                 host: Hardware | str | None = None, attention_plan: str = "ideal", devices: int = 1) -> None:  # fmt: skip
+        self.shape, self.block_size, self.devices = shape, block_size, devices
         self.host = host
         self.name = hardware if isinstance(hardware, str) else hardware.name
         self.dtype = dtype
@@ -61,10 +64,10 @@ class RooflineCost:
         if isinstance(hardware, str) and is_profile(hardware):
             self.model = ProfileCost(find_profile(hardware), shape, hardware)
         else:
-            self.model = RooflineModel(shape, hardware, dtype, efficiency=efficiency_of(get_hardware(hardware)))
+            self.model = RooflineModel(shape, hardware, dtype, efficiency=efficiency_of(get_hardware(hardware)), tp=devices)
         self.hardware = self.model.hardware
         self._planned = None if isinstance(self.model, ProfileCost) else plan_cost(attention_plan, self.model)
-        self._block_bytes = int(shape.kv_bytes_per_token(dtype or self.hardware.default_dtype) * block_size)
+        self._block_bytes = int(group_kv_bytes(shape, Precision.parse(dtype or self.hardware.default_dtype), devices) * block_size)
 
     def step(self, items: Sequence[WorkItem]) -> Cost:
         if items is self._last[0]:  # the scheduler predicted the very step that the executor takes now
@@ -76,7 +79,7 @@ class RooflineCost:
         if "cpu" in [item.device for item in items]:
             return self._split(items, (), {})
         cost = self._whole(items)
-        return Cost(cost.seconds, cost.flops, Traffic(hbm=cost.bytes_hbm), cost.joules, cost.bound)
+        return Cost(cost.seconds, cost.flops, Traffic(hbm=cost.bytes_hbm, net=cost.bytes_link), cost.joules, cost.bound)
 
     def plan(self, items: Sequence[WorkItem], moves: Sequence[Move], writes: Mapping[str, Sequence[int]]) -> Cost:
         if not moves and in_one_batch(items):
@@ -104,7 +107,7 @@ class RooflineCost:
         whole = self._whole(items) if items else None
         if whole is None:
             return Cost(time.seconds, bytes=Traffic(h2d=h2d, d2h=d2h), bound=time.bound)
-        return Cost(time.seconds, whole.flops, Traffic(hbm=whole.bytes_hbm, h2d=h2d, d2h=d2h), whole.joules, time.bound)
+        return Cost(time.seconds, whole.flops, Traffic(hbm=whole.bytes_hbm, h2d=h2d, d2h=d2h, net=whole.bytes_link), whole.joules, time.bound)
 
     def layers(self) -> RooflineLayers:
         """The same cost by layer and resource, with the host that this model of cost was made with."""
@@ -135,8 +138,8 @@ class RooflineCost:
 
     def swap(self, num_blocks: int) -> Cost:
         size = num_blocks * self._block_bytes
-        if "host" in self.hardware.links:
-            return Cost(self.model.transfer_seconds(size), bytes=Traffic(d2h=size), bound="link")
+        if "host" in self.hardware.links:  # every device has a link of its own
+            return Cost(self.model.transfer_seconds(size / self.devices), bytes=Traffic(d2h=size), bound="link")
         return Cost(2 * size / self.hardware.bandwidth, bytes=Traffic(hbm=2 * size), bound="memory")
 
     def block_bytes(self) -> int:
@@ -192,6 +195,9 @@ class RooflineLayers:
     def around(self, num_tokens: int, layer: int) -> AroundAttention:
         return self._model.around_attention(num_tokens, layer)
 
+    def collective(self, num_tokens: int) -> float:
+        return self._roofline.collective_seconds(num_tokens)
+
     def attention(self, items: Sequence[WorkItem]) -> float:
         return self._model.attention_seconds(rows_of(items))
 
@@ -220,7 +226,7 @@ class RooflineLayers:
     def move_seconds(self, move: Move) -> float:
         if move.kind != "copy":
             return self._cost.swap(len(move.src)).seconds
-        return self._model.copy_seconds(self.move_bytes(move))
+        return self._model.copy_seconds(self.move_bytes(move) / self._cost.devices)
 
     def move_bytes(self, move: Move) -> float:
         return float(len(move.src) * self._cost.block_bytes())

@@ -5,6 +5,7 @@ Items are sorted into lanes (sub-batches). In each lane, layer by layer:
     attention on the device     | after l-1, before l, attention l |
     attention on the host       | after l-1, before l |  ->d2h q k v->  | cpu: attention l |  ->h2d out->  | after l ...
                                     the rows of the lane that stay on the device attend meanwhile
+    a group of devices             | before l, attention l |  linear l' |  ->net: all-reduce l->  | before l+1 ...
 
 "before" and "after" are a layer's ops on both sides of its attention. Lanes wait for nothing but resources of each other,
 so one computes while the other's rows are away. A host row whose layers end before the model's last one leaves its last
@@ -214,7 +215,12 @@ class _Lane:
     def _settle(self, done: int) -> None:
         """What follows the attention of the last layer built, if any token stays for it; the next is `done` + 1."""
         if self._staying:
-            self._owed += self._costs.around(self._staying, max(0, self._done)).after
+            layer = max(0, self._done)
+            shared = self._costs.collective(self._staying)
+            self._owed += self._costs.around(self._staying, layer).after - shared
+            if shared:
+                begun = self._add("device", self._owed, f"linear {layer}'", self._wait)
+                self._wait, self._owed = (self._add("net", shared, f"all-reduce {layer}", (begun,)),), 0.0
         self._staying, self._done = 0, done
 
     def _layer(self, part: _Work, layer: int) -> None:

@@ -52,10 +52,10 @@ def kv_blocks(memory: Memory, block_bytes: float, budget: float | None = None) -
     return int((capacity * MEMORY_SHARE - held - memory.weights - memory.activations - memory.reserve) // block_bytes)
 
 
-def no_room(field: str, value: object, memory: Memory, block_bytes: float, budget: float | None, narrow: Mapping[str, float]
-            ) -> ConfigError:  # fmt: skip
+def no_room(field: str, value: object, memory: Memory, block_bytes: float, budget: float | None, narrow: Mapping[str, float],
+            group: int | None = None) -> ConfigError:  # fmt: skip
     """What to tell a user whose model leaves no room for KV: what it needs, what is missing, and what would fit. `narrow`:
-    bytes of the weights by quantization, the mildest first."""
+    bytes of the weights by quantization, the mildest first; `group`: so many devices would do."""
     capacity = memory.capacity if budget is None else min(memory.capacity, budget)
     needs = memory.weights + memory.activations + memory.reserve + block_bytes
     usable = capacity * MEMORY_SHARE - (memory.held if budget is None else 0.0)
@@ -66,6 +66,8 @@ def no_room(field: str, value: object, memory: Memory, block_bytes: float, budge
     if fitting:
         sizes = " or ".join(_gb(size) for size in fitting.values())
         ways.insert(0, f"quantization={' or '.join(map(repr, fitting))} (weights of {sizes} instead of {_gb(memory.weights)})")
+    if group is not None:
+        ways.insert(1 if fitting else 0, f"tensor_parallel_size={group}")
     others = memory.activations + memory.reserve
     beside = f", activations and workspace {_gb(others)}" if others else ""
     problem = f"its weights need {_gb(memory.weights)}{beside}: no room for KV in the usable {_gb(usable)} of {_gb(capacity)}, {_gb(needs - usable)} missing for one block"

@@ -115,7 +115,8 @@ class SimExecutor:
 
     A step that stays on the device and moves no block is one op: `cost.step`. Any other becomes a graph of ops by layer
     (`llmlab.execution.opgraph`). Copies to the host may go on beside later steps, which wait for the blocks that they
-    write. `block_size` in tokens; `detailed`: tell the spans of steps with rows on both tiers.
+    write. `block_size` in tokens; `detailed`: tell the spans of steps with rows on both tiers, and of a group of devices what
+    each step spends on the link between them.
     """
 
     mode: Literal["measured", "simulated"] = "simulated"
@@ -133,6 +134,7 @@ class SimExecutor:
         self._busy_until = 0.0
         self._timelines = Timelines()
         self._pending = Pending()
+        self._apart = detailed and self._layers.collective(1) > 0
         block = Move("swap_out", "", (0,), (0,))
         kv_bytes = self._layers.move_bytes(block) / block_size / self._layers.num_layers
         self._overlap = Overlap(self._layers, kv_bytes, self._timelines, self._pending, detailed)
@@ -190,7 +192,7 @@ class SimExecutor:
 
     def _is_plain(self, batch: StepBatch) -> bool:
         """Whether nothing but the device works, on one batch."""
-        return not (batch.plan.moves or self._pending.copies) and in_one_batch(batch.plan.items)
+        return not (batch.plan.moves or self._pending.copies or self._apart) and in_one_batch(batch.plan.items)
 
     def _place_overlap(self, batch: StepBatch, start: float) -> tuple[tuple[ResourceSpan, ...], Durations]:
         """A step with rows on both tiers; it begins when copies of earlier steps have ended."""

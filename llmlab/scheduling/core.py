@@ -51,11 +51,13 @@ class Policies(NamedTuple):
 
 
 class Drafting(NamedTuple):
-    """How many drafts to propose: the policy, and what it is told. `source` is the name of what proposes them."""
+    """How many drafts to propose: the policy, and what it is told. `source` is the name of what proposes them; `cost`
+    prices plans together with their drafting."""
 
     seam: Seam[DraftPolicy]
     outlook: DraftOutlook
     source: str
+    cost: CostModel
 
 
 class InFlight(msgspec.Struct, frozen=True, gc=False):

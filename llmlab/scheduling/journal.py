@@ -181,20 +181,20 @@ class Journal:
                       num_blocks=num_blocks)  # fmt: skip
 
     # ------------------------------------------------------------------------------------ steps
-    def planned(self, plan: StepPlan, now: float, num_running: int, num_waiting: int) -> int:
-        """The `seq` of StepPlanned, or -1 if the log does not want it."""
+    def planned(self, plan: StepPlan, now: float, num_running: int, num_waiting: int, cost: CostModel | None = None) -> int:
+        """The `seq` of StepPlanned, or -1 if the log does not want it. `cost`: what prices plans, if not the usual model."""
         if not self.log.wants(ev.StepPlanned):
             return -1
         return self.log.emit(
             ev.StepPlanned, now=now, items=plan.items, moves=plan.moves, num_tokens=total_tokens(plan.items),
             num_running=num_running, num_waiting=num_waiting, free_blocks=self._memory.pool.num_free,
-            predicted=self._price(plan),
+            predicted=self._price(plan, cost or self._cost),
         )  # fmt: skip
 
-    def _price(self, plan: StepPlan) -> Cost | None:
+    def _price(self, plan: StepPlan, cost: CostModel) -> Cost | None:
         if not plan.items and not plan.moves:
             return None
-        return self._cost.plan(plan.items, plan.moves, self._writes(plan) if plan.moves else {})
+        return cost.plan(plan.items, plan.moves, self._writes(plan) if plan.moves else {})
 
     def _writes(self, plan: StepPlan) -> dict[str, AbstractSequence[int]]:
         """The device blocks that each item writes."""

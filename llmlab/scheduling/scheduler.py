@@ -146,7 +146,8 @@ class Scheduler(Admitting, Placing, Reserving, Collecting):
         return self.policies.decoding.ask(lambda p: p.work(request), lambda offer: checked_offer(offer, request))
 
     def _note(self, plan: StepPlan, now: float) -> None:
-        seq = self._journal.planned(plan, now, len(self.running), len(self.waiting))
+        drafting = self.policies.drafting
+        seq = self._journal.planned(plan, now, len(self.running), len(self.waiting), drafting.cost if drafting is not None else None)
         if seq >= 0:
             self.plan_seq[plan.step] = seq
 
