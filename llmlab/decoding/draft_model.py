@@ -189,16 +189,12 @@ class DraftModel:
         if max(widths) == 1 and all(plain(request.sampling) for request in requests):
             return [[Guess(token)] if token >= 0 else [] for token in greedy(logits)]
         rows = [sample_row(g.context.request, self._setup.seed, g.context.token_ids, g.paths[node]) for g, node in level]
-        if self._setup.drawn:
-            return [self._draw(logits[i : i + 1], row, width) for i, (row, width) in enumerate(zip(rows, widths))]
-        return _likely(logits, sample(logits, rows), widths)
-
-    def _draw(self, logits: Tensor, row: SampleRow, width: int) -> list[Guess]:
-        """Different tokens, drawn with numbers that nothing else depends on; of a greedy request the most likely ones."""
-        if row.sampling.greedy:
-            return _likely(logits, sample(logits, [row]), [width])[0]
-        drawn = draw_siblings(probabilities(logits, [row])[0], width, lambda draw: rng.uniform(row.seed, row.request, row.position, draw))
-        return [Guess(token, odds) for token, odds in drawn]
+        drawn = self._setup.drawn and not all(row.sampling.greedy for row in rows)
+        likely = _likely(logits, sample(logits, rows), widths) if not drawn or any(row.sampling.greedy for row in rows) else []
+        if not drawn:
+            return likely
+        odds = probabilities(logits, rows)
+        return [likely[i] if row.sampling.greedy else _drawn(odds[i], row, widths[i]) for i, row in enumerate(rows)]
 
     def _mark(self, growth: Growth) -> None:
         """What each slot behind the text stands for. A node that lies where its position is serves again if it holds."""
@@ -222,6 +218,12 @@ class DraftModel:
         if last and len(ids) > len(feeds):
             hidden = hidden[[end - 1 for end in accumulate(lengths)]]
         return self._model.logits(hidden)
+
+
+def _drawn(odds: np.ndarray, row: SampleRow, width: int) -> list[Guess]:
+    """Different tokens, drawn with numbers that nothing else depends on."""
+    siblings = draw_siblings(odds, width, lambda draw: rng.uniform(row.seed, row.request, row.position, draw))
+    return [Guess(token, q) for token, q in siblings]
 
 
 def _likely(logits: Tensor, first: Sequence[Sampled], widths: Sequence[int]) -> list[list[Guess]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from chi_square import chi_square_p
 
 from llmlab import rng
 from llmlab.decoding.rejection import Walk, accept_tree, draw_siblings, pick, residual
@@ -41,17 +42,6 @@ def filtered(table: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
     cut = np.zeros_like(p)
     np.put_along_axis(cut, order, np.where(keep, ranked, 0.0), -1)
     return cut / cut.sum(-1, keepdims=True)
-
-
-def chi_square_p(counts: np.ndarray, wanted: np.ndarray) -> float:
-    """P-value by Wilson and Hilferty's approximation; cells that cannot occur must be empty."""
-    assert counts[wanted == 0].sum() == 0
-    expected = wanted[wanted > 0] * counts.sum()
-    statistic, free = float(((counts[wanted > 0] - expected) ** 2 / expected).sum()), int((wanted > 0).sum()) - 1
-    z = ((statistic / free) ** (1 / 3) - (1 - 2 / (9 * free))) / np.sqrt(2 / (9 * free))
-    from math import erfc, sqrt
-
-    return 0.5 * erfc(float(z) / sqrt(2))
 
 
 def first_two(target: list[np.ndarray]) -> np.ndarray:
