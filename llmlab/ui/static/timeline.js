@@ -69,6 +69,7 @@ const LEFT = 46, RIGHT = 10, AXIS = 20;
 const SLOTS = [6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 100, 128, 160, 200, 260, 340, 440, 580, 760, 1000];
 const SECONDS_ON_SCREEN = 30; // a whole run at speed 1
 const LIVE_MS = 45; // between two pictures of a live run, however often its data come
+const SLOW_MS = 500; // between two pictures of what changes slowly while a live run is followed
 const [QUEUED, PREFILL, DECODE, PREEMPTED, SWAPPED, RECOMPUTE, HELD] = [0, 1, 2, 3, 4, 5, 6];
 const DOING = ["in the queue", "computing its prompt", "decoding", "preempted", "swapped out", "computing again what was dropped", "running, but in no step"];
 
@@ -96,6 +97,9 @@ function make(tag, attributes = {}, ...children) {
   }
   node.append(...children.filter(child => child != null));
   return node;
+}
+function say(node, text) { // only a new text touches the page
+  if (node.textContent !== text) node.textContent = text;
 }
 function niceStep(span, most) { // 1, 2, 5 times a power of ten, at most `most` of them in `span`
   const raw = span / most, power = 10 ** Math.floor(Math.log10(raw));
@@ -235,7 +239,7 @@ function surroundings(element) {
 class View {
   constructor(model, el) {
     this.model = model; this.book = new Book(); this.row = 0; this.follow = true; this.zoom = null;
-    this.hover = null; this.drawnAt = 0; this.whys = new Map(); this.dirty = true; this.saidStep = null; this.alive = true; this.forks = new Map();
+    this.hover = null; this.drawnAt = 0; this.whys = new Map(); this.widths = new Map(); this.entries = new Map(); this.slowAt = -1e9; this.dirty = true; this.coming = false; this.saidStep = null; this.alive = true; this.forks = new Map();
     this.build(el);
     this.cleanups = [];
     this.wire();
@@ -299,16 +303,14 @@ class View {
       canvas.addEventListener("pointermove", event => this.pointAt(canvas, event));
       canvas.addEventListener("pointerleave", () => { this.tip.hidden = true; if (this.hover) { this.hover = null; this.redraw(); } });
     }
-    const resized = new ResizeObserver(() => this.redraw());
-    resized.observe(root);
+    const resized = new ResizeObserver(entries => { for (const one of entries) this.widths.delete(one.target); this.redraw(); });
+    for (const node of [root, this.over, this.lines, this.strip, this.wall]) resized.observe(node);
     const dressed = new MutationObserver(() => this.redress());
     for (const node of [document.documentElement, document.body]) dressed.observe(node, { attributes: true, attributeFilter: ["class", "style", "data-theme", "data-jp-theme-light"] });
     const prefers = matchMedia("(prefers-color-scheme: dark)"), redress = () => this.redress();
     prefers.addEventListener("change", redress);
     this.cleanups.push(() => resized.disconnect(), () => dressed.disconnect(), () => prefers.removeEventListener("change", redress));
     this.redress();
-    const tick = now => { if (!this.alive) return; this.frame(now); requestAnimationFrame(tick); };
-    requestAnimationFrame(tick);
   }
 
   async start() {
@@ -319,7 +321,21 @@ class View {
 
   close() { this.alive = false; for (const act of this.cleanups) act(); }
 
-  redraw() { this.dirty = true; }
+  redraw() { this.dirty = true; this.schedule(); }
+
+  // One frame for all that changed until then; none while nothing does.
+  schedule() {
+    if (this.coming || !this.alive) return;
+    this.coming = true;
+    const wait = this.isLive && this.follow ? LIVE_MS - (performance.now() - this.drawnAt) : 0;
+    const ask = () => requestAnimationFrame(now => { this.coming = false; if (this.alive) this.frame(now); });
+    if (wait > 1) setTimeout(ask, wait); else ask();
+  }
+
+  width(node) { // asking the page makes it lay out everything
+    if (!this.widths.has(node)) this.widths.set(node, node.clientWidth);
+    return this.widths.get(node);
+  }
 
   // --------------------------------------------------------------------------------------- messages
   async unpack() {
@@ -558,10 +574,11 @@ class View {
 
   // --------------------------------------------------------------------------------------- every frame
   frame(now) {
-    if (this.playing && !this.isLive && this.book.length) this.advance(now);
-    if (!this.dirty || (this.follow && now - this.drawnAt < LIVE_MS)) return;
-    if (!this.root.clientWidth) return;
-    this.dirty = false; this.drawnAt = now;
+    const moving = this.playing && !this.isLive && this.book.length;
+    if (moving) this.advance(now);
+    if (moving && this.playing) this.schedule();
+    if (!this.dirty || !this.width(this.root)) return;
+    this.dirty = false; this.drawnAt = performance.now();
     const has = !!this.book.meta && (this.book.length > 0 || this.book.byArrival.length > 0);
     this.main.hidden = !has; this.empty.hidden = has;
     if (has) this.draw();
@@ -597,10 +614,11 @@ class View {
   draw() {
     const b = this.book, s = b.steps, row = this.row;
     this.drawn = this.window;
-    this.play.ariaLabel = this.play.textContent = this.playing ? "Pause" : this.isLive ? "Follow" : "Play";
-    this.speed.hidden = this.isLive;
-    this.speed.value = this.model.get("speed");
-    this.drawOver(); this.drawLines(); this.drawStrip(); this.drawWall();
+    say(this.play, this.playing ? "Pause" : this.isLive ? "Follow" : "Play");
+    this.play.ariaLabel = this.play.textContent;
+    const slowly = this.isLive && this.follow && this.drawnAt - this.slowAt < SLOW_MS;
+    if (!slowly) this.drawSlowly();
+    this.drawLines(); this.drawStrip(); this.drawWall();
     const m = b.meta, tokens = s.prefill[row] < 0 ? s.decode[row] : s.prefill[row] + s.decode[row];
     const budget = this.budget(s.start[row] ?? 0), blocks = this.pool(s.start[row] ?? 0), full = blocks && s.used[row] > 0.95 * blocks;
     const tile = (name, value, hot = false) => [name, String(value), hot];
@@ -611,10 +629,18 @@ class View {
       tile("KV in use", blocks ? Math.round(100 * s.used[row] / blocks) + "%" : s.used[row], full)] :
       [tile("steps", "are recorded from log_level=1 on")]);
     this.drawLog();
+    this.root.dataset.step = s.step[row] ?? -1; this.root.dataset.batch = b.number; this.root.dataset.drawn = "yes";
+  }
+
+  drawSlowly() { // the whole run, and what assistants are told of it
+    const s = this.book.steps, row = this.row;
+    this.slowAt = this.drawnAt;
+    this.speed.hidden = this.isLive;
+    this.speed.value = this.model.get("speed");
+    this.drawOver();
     this.over.setAttribute("aria-valuemin", s.step[0] ?? 0); this.over.setAttribute("aria-valuemax", s.step.at(-1) ?? 0);
     this.over.setAttribute("aria-valuenow", s.step[row] ?? 0);
-    this.over.setAttribute("aria-valuetext", b.length ? `step ${s.step[row]}, ${this.secs(s.start[row])}` : "no step");
-    this.root.dataset.step = s.step[row] ?? -1; this.root.dataset.drawn = "yes";
+    this.over.setAttribute("aria-valuetext", this.book.length ? `step ${s.step[row]}, ${this.secs(s.start[row])}` : "no step");
   }
 
   showTiles(tiles) { // only what changed touches the page
@@ -622,21 +648,20 @@ class View {
     while (this.tiles.children.length > tiles.length) this.tiles.lastChild.remove();
     tiles.forEach(([name, value, hot], i) => {
       const [label, number] = this.tiles.children[i].children;
-      if (label.textContent !== name) label.textContent = name;
-      if (number.textContent !== value) number.textContent = value;
-      number.className = hot ? "hot" : "";
+      say(label, name); say(number, value);
+      if (number.className !== (hot ? "hot" : "")) number.className = hot ? "hot" : "";
     });
   }
 
   // A canvas as sharp as the screen; the context is in CSS pixels.
-  sheet(canvas, height) {
-    const width = canvas.clientWidth, ratio = devicePixelRatio || 1;
+  sheet(canvas, height, keep = false) {
+    const width = this.width(canvas), ratio = devicePixelRatio || 1;
     if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
       canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio); canvas.style.height = height + "px";
     }
     const g = canvas.getContext("2d");
     g.setTransform(ratio, 0, 0, ratio, 0, 0);
-    g.clearRect(0, 0, width, height);
+    if (!keep) g.clearRect(0, 0, width, height);
     g.font = "11.5px system-ui, 'Liberation Sans', Helvetica, Arial, sans-serif";
     g.textBaseline = "middle"; g.textAlign = "left";
     return { g, width, height };
@@ -651,9 +676,9 @@ class View {
       h.fillStyle = colour; h.fillRect(0, 0, 6, 6);
       h.strokeStyle = over; h.lineWidth = 1.6;
       h.beginPath(); h.moveTo(-1, 7); h.lineTo(7, -1); h.moveTo(-1, 1); h.lineTo(1, -1); h.moveTo(5, 7); h.lineTo(7, 5); h.stroke();
-      this.hatches[key] = tile;
+      this.hatches[key] = g.createPattern(tile, "repeat");
     }
-    return g.createPattern(this.hatches[key], "repeat");
+    return this.hatches[key];
   }
 
   owner(index) { return this.c.owners[index % this.c.owners.length]; }
@@ -702,7 +727,7 @@ class View {
     const b = this.book, c = this.c, [a, z] = this.drawn, now = b.now;
     const shown = b.byArrival.filter(r => r.arrival <= z && (r.end < 0 ? now : r.end) >= a);
     this.shownRequests = shown;
-    const narrow = this.root.clientWidth < 840, slots = SLOTS.find(n => n >= shown.length) ?? shown.length;
+    const narrow = this.width(this.root) < 840, slots = SLOTS.find(n => n >= shown.length) ?? shown.length;
     const tall = clamp(slots * 18, 150, narrow ? 300 : 372), { g, width } = this.sheet(this.lines, tall + 8 + AXIS);
     const h = this.rowHeight = tall / slots, wide = width - LEFT - RIGHT, x = t => LEFT + (t - a) / (z - a) * wide;
     this.axis(g, width, 4, tall, true);
@@ -764,10 +789,56 @@ class View {
       if (h >= 12 && end <= z) {
         const words = `${r.prompt} → ${r.output}` + (r.reason === "abort" || r.reason === "error" ? ` ${r.reason}` : ""), at = x(end) + 6;
         g.textAlign = "left"; g.fillStyle = c.mute;
-        if (at + g.measureText(words).width < width) g.fillText(words, at, y);
+        if (at + this.wide(g, words) < width) g.fillText(words, at, y);
       }
     });
     g.textAlign = "left";
+  }
+
+  wide(g, words) { // pixels; the words of a finished request never change
+    this.lengths ??= new Map();
+    if (this.lengths.size > 2000) this.lengths.clear();
+    if (!this.lengths.has(words)) this.lengths.set(words, g.measureText(words).width);
+    return this.lengths.get(words);
+  }
+
+  // Tokens of each step as two bars, where there is room for that; cheaper than pixel by pixel.
+  drawBars(g, first, last, x, y, future) {
+    const s = this.book.steps, c = this.c, known = s.prefill[first] >= 0;
+    for (const [late, alpha] of future < Infinity ? [[false, 1], [true, 0.4]] : [[false, 1]]) {
+      const bars = [new Path2D(), new Path2D()];
+      for (let i = first; i < last; i++) {
+        if (x(s.start[i]) - LEFT > future !== late) continue;
+        const from = Math.max(LEFT, Math.round(x(s.start[i]))), to = Math.max(from + 1, Math.round(x(s.end[i])));
+        const decode = y(s.decode[i]), both = y(s.decode[i] + Math.max(0, s.prefill[i]));
+        bars[0].rect(from, decode, to - from, y(0) - decode);
+        if (both < decode) bars[1].rect(from, both, to - from, decode - both);
+      }
+      g.globalAlpha = alpha;
+      g.fillStyle = known ? c.decode : c.mute; g.fill(bars[0]);
+      g.fillStyle = c.prefill; g.fill(bars[1]);
+    }
+  }
+
+  drawPixels(g, first, last, x, y, future) { // means, and in pale the peaks
+    const s = this.book.steps, c = this.c, known = s.prefill[first] >= 0, wide = this.width(this.strip) - LEFT - RIGHT;
+    const n = Math.ceil(wide) + 1, sums = [new Float64Array(n), new Float64Array(n)], peak = new Float64Array(n), busy = new Float64Array(n);
+    for (let i = first; i < last; i++) {
+      const from = Math.max(0, x(s.start[i]) - LEFT), to = Math.min(n - 1, Math.max(x(s.end[i]) - LEFT, x(s.start[i]) - LEFT + 0.2));
+      for (let p = Math.floor(from); p <= to; p++) {
+        const weight = Math.min(to, p + 1) - Math.max(from, p);
+        if (weight <= 0) continue;
+        busy[p] += weight; sums[0][p] += weight * s.decode[i]; sums[1][p] += weight * Math.max(0, s.prefill[i]);
+        peak[p] = Math.max(peak[p], s.decode[i] + Math.max(0, s.prefill[i]));
+      }
+    }
+    for (let p = 0; p < n; p++) {
+      if (!busy[p]) continue;
+      const decode = sums[0][p] / Math.max(busy[p], 1e-9), both = decode + sums[1][p] / Math.max(busy[p], 1e-9), faint = p > future ? 0.4 : 1;
+      g.globalAlpha = 0.4 * faint; g.fillStyle = c.prefill; g.fillRect(LEFT + p, y(peak[p]), 1, y(both) - y(peak[p]));
+      g.globalAlpha = faint; g.fillRect(LEFT + p, y(both), 1, y(decode) - y(both));
+      g.fillStyle = known ? c.decode : c.mute; g.fillRect(LEFT + p, y(decode), 1, y(0) - y(decode));
+    }
   }
 
   drawStrip() {
@@ -778,24 +849,9 @@ class View {
     let most = 1;
     for (let i = first; i < last; i++) most = Math.max(most, Math.max(0, s.prefill[i]) + s.decode[i]);
     const shownBudget = budget && budget <= 4 * most, top = shownBudget ? Math.max(budget, most) * 1.06 : most * 1.15, y = n => 8 + tall - Math.sqrt(n / top) * tall;
-    const known = b.length && s.prefill[first] >= 0, n = Math.ceil(wide) + 1, sums = [new Float64Array(n), new Float64Array(n)], peak = new Float64Array(n), busy = new Float64Array(n);
-    for (let i = first; i < last; i++) {
-      const from = Math.max(0, x(s.start[i]) - LEFT), to = Math.min(n - 1, Math.max(x(s.end[i]) - LEFT, x(s.start[i]) - LEFT + 0.2));
-      for (let p = Math.floor(from); p <= to; p++) {
-        const weight = Math.min(to, p + 1) - Math.max(from, p);
-        if (weight <= 0) continue;
-        busy[p] += weight; sums[0][p] += weight * s.decode[i]; sums[1][p] += weight * Math.max(0, s.prefill[i]);
-        peak[p] = Math.max(peak[p], s.decode[i] + Math.max(0, s.prefill[i]));
-      }
-    }
-    const future = this.follow ? Infinity : x(this.cursor) - LEFT + 1;
-    for (let p = 0; p < n; p++) {
-      if (!busy[p]) continue;
-      const decode = sums[0][p] / Math.max(busy[p], 1e-9), both = decode + sums[1][p] / Math.max(busy[p], 1e-9), faint = p > future ? 0.4 : 1;
-      g.globalAlpha = 0.4 * faint; g.fillStyle = c.prefill; g.fillRect(LEFT + p, y(peak[p]), 1, y(both) - y(peak[p]));
-      g.globalAlpha = faint; g.fillRect(LEFT + p, y(both), 1, y(decode) - y(both));
-      g.fillStyle = known ? c.decode : c.mute; g.fillRect(LEFT + p, y(decode), 1, y(0) - y(decode));
-    }
+    const known = b.length && s.prefill[first] >= 0, future = this.follow ? Infinity : x(this.cursor) - LEFT + 1;
+    if (2 * (last - first) < wide) this.drawBars(g, first, last, x, y, future);
+    else this.drawPixels(g, first, last, x, y, future);
     g.globalAlpha = 1; g.textAlign = "right"; g.fillStyle = c.mute;
     g.fillText("0", LEFT - 8, y(0) - 4);
     if (shownBudget) {
@@ -809,7 +865,7 @@ class View {
     } else g.fillText(most, LEFT - 8, y(most));
     if (!this.follow && b.length) { const at = x(s.start[this.row]); g.fillStyle = c.decode; g.fillRect(Math.round(at) - 1, 4, 2, tall + 4); }
     g.textAlign = "left";
-    this.stripNote.textContent = (budget ? (shownBudget ? `dashed: budget ${budget}` : `budget ${budget}, far above`) : "") + (known || !b.length ? "" : "; prefill and decode are told apart from log_level=2 on");
+    say(this.stripNote, (budget ? (shownBudget ? `dashed: budget ${budget}` : `budget ${budget}, far above`) : "") + (known || !b.length ? "" : "; prefill and decode are told apart from log_level=2 on"));
   }
 
   pool(time) { // blocks in service at this instant
@@ -839,7 +895,7 @@ class View {
     const b = this.book, m = b.meta, c = this.c, total = m.num_blocks;
     this.grid = null;
     if (!total || !b.length) { this.sheet(this.wall, 1); this.wallNote.textContent = "not recorded"; this.wallSmall.textContent = ""; return; }
-    const cells = this.cells(), wide = this.wall.clientWidth, room = wide > 420 ? 150 : 216;
+    const cells = this.cells(), wide = this.width(this.wall), room = wide > 420 ? 150 : 216;
     let group = 1, pitch;
     for (; ; group++) {
       const n = Math.ceil(total / group);
@@ -848,11 +904,18 @@ class View {
       if (pitch >= 4) break;
     }
     const n = Math.ceil(total / group), columns = Math.floor(wide / pitch), rows = Math.ceil(n / columns), gap = pitch > 6 ? 2 : 1;
-    const { g } = this.sheet(this.wall, rows * pitch), chosen = this.book.find(this.model.get("selected") || "") || null;
+    const chosen = this.book.find(this.model.get("selected") || "") || null;
     const wanted = this.hover || chosen, bright = wanted && cells.some(value => value >= 0 && value >> 1 === wanted.index) ? wanted : null;
     this.grid = { cells, columns, pitch, group };
+    const look = [wide, pitch, group, total, this.theme, bright?.index, devicePixelRatio].join(), before = this.painted?.look === look ? this.painted.values : null;
+    const { g } = this.sheet(this.wall, rows * pitch, !!before), values = this.painted?.values ?? [];
+    this.painted = { look, values };
     for (let i = 0; i < n; i++) {
-      const value = cells[i * group], x = i % columns * pitch, y = Math.floor(i / columns) * pitch, size = pitch - gap;
+      const value = cells[i * group];
+      if (before && before[i] === value) continue; // it is there already
+      values[i] = value;
+      const x = i % columns * pitch, y = Math.floor(i / columns) * pitch, size = pitch - gap;
+      if (before) { g.globalAlpha = 1; g.clearRect(x, y, pitch, pitch); }
       g.globalAlpha = bright && value >> 1 !== bright.index ? 0.25 : 1;
       g.fillStyle = value >= 0 ? this.owner(value >> 1) : value === -3 ? c.mute : value === -2 && size > 8 ? this.hatch(g, c.grid, c.cached) : c.grid;
       g.fillRect(x, y, size, size);
@@ -861,14 +924,17 @@ class View {
     }
     g.globalAlpha = 1;
     const service = this.pool(b.steps.start[this.row]);
-    this.wallNote.textContent = `${b.steps.used[this.row]} of ${service} in use` + (service < total ? `, ${total - service} out of service` : "");
+    say(this.wallNote, `${b.steps.used[this.row]} of ${service} in use` + (service < total ? `, ${total - service} out of service` : ""));
     this.wallNote.style.color = b.steps.used[this.row] > 0.95 * service ? "var(--hot)" : "";
+    this.wall.ariaLabel = `KV blocks: ${this.wallNote.textContent}`;
+    const keyed = m.wall + group + this.theme;
+    if (keyed === this.wallKey) return;
+    this.wallKey = keyed;
     const fill = (background, word) => make("span", {}, make("i", { style: `background:${background}` }), word);
     const hatched = `repeating-linear-gradient(135deg,${c.cached} 0 1.5px,${c.grid} 1.5px 4px)`;
     this.wallSmall.replaceChildren(...(m.wall === "blocks" ? [fill(hatched, "free, but findable"), fill(`radial-gradient(circle,${c.owner_ink} 30%,${c.owners[0]} 32%)`, "shared"), fill(c.grid, "free")]
       : m.wall === "holds" ? ["By computed tokens; which block is whose: log_level=3."] : ["Owners are recorded from log_level=2 on."]),
     group > 1 ? `A square is ${group} blocks.` : "");
-    this.wall.setAttribute("aria-label", `KV blocks: ${this.wallNote.textContent}`);
   }
 
   // ----------------------------------------------------------------------------------- the decisions
@@ -884,13 +950,20 @@ class View {
     const shown = b.notes.slice(Math.max(0, Math.min(start, end - 14)), end).slice(-60).reverse();
     const current = b.notes.slice(start, end);
     this.logTitle.textContent = this.follow || !b.length ? "Decisions, newest first" : current.length ? `${plural(current.length, "sentence")} on step ${step}` : `Nothing new in step ${step}`;
-    this.log.replaceChildren(...shown.map(note => this.entry(note, note.step >= step)));
+    const entries = new Map(shown.map(note => [note.seq + "/" + (note.step >= step), note]));
+    this.entries = new Map([...entries].map(([key, note]) => [key, this.entries.get(key) ?? this.entry(note, note.step >= step)]));
+    this.place(this.log, [...this.entries.values()]);
     if (!shown.length) this.log.replaceChildren(make("li", {}, b.meta.level < 2 ? "Decisions are recorded from log_level=2 on." : "No decision yet."));
     this.log.scrollTop = 0;
     const loud = note => ["failed", "preempt", "refuse", "victim"].indexOf(note.kind) + 1 || 9; // these first, if there are many
     const words = current.slice().sort((a, b) => loud(a) - loud(b)).slice(0, 6).map(n => `${this.name(n)} ${n.kind}: ${n.text}`).join(". ");
     const speech = b.length ? `Step ${step}. ${words || "Nothing new."}` : "";
     if (this.live.textContent !== speech && !(this.isLive && this.follow && !current.length)) this.live.textContent = speech;
+  }
+
+  place(list, nodes) { // what stands there already stays
+    nodes.forEach((node, i) => { if (list.children[i] !== node) list.insertBefore(node, list.children[i] ?? null); });
+    while (list.children.length > nodes.length) list.lastChild.remove();
   }
 
   moment(t) { // an instant, as exact as a step of this run is long
