@@ -90,7 +90,7 @@ class LiveEngine:
     could not be turned, newest last.
     """
 
-    def __init__(self, config: EngineConfig = LIVE, rate: float = 20.0, speed: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, config: EngineConfig = LIVE, rate: float = 20.0, speed: float = 0.2, seed: int = 0) -> None:
         self.config = config
         self.state = "loading"
         self.rate, self.speed = rate, speed

@@ -1,14 +1,19 @@
 """CPU and GPU in parallel, simulated: one load under four placements. Rates and latencies come from whole runs at log level 1,
-the iterations from a run at level 4 that stops in the middle."""
+the iterations from a run at level 4 that stops early. What the page's sliders offer is recorded, so that they answer at once;
+a record that is older than what it opens with is not believed, and the page simulates."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import zstandard
 
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
@@ -35,6 +40,10 @@ class Machine(msgspec.Struct, frozen=True):
 
     speed: int = 8
     kv_tokens: int = 864
+
+    @property
+    def name(self) -> str:
+        return f"{self.speed}% {self.kv_tokens}"
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -73,10 +82,22 @@ class Glimpse(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """What the page opens with: the default machine under all placements."""
+    """A machine under all placements."""
 
     served: dict[str, Served]
     glimpses: dict[str, Glimpse]
+
+    @property
+    def mark(self) -> str:
+        """What another simulator would hardly say, too."""
+        return " ".join(f"{name} {one.rate:.5g} {self.glimpses[name].length:.5g}" for name, one in self.served.items())
+
+
+class Chart(msgspec.Struct, frozen=True):
+    """The records of all machines that the sliders offer, by `Machine.name`; `mark` is that of the default one."""
+
+    mark: str
+    machines: dict[str, Record]
 
 
 # ---------------------------------------------------------------------------------------- running
@@ -98,7 +119,8 @@ def compared(of: Machine, each: Callable[[str], object]) -> dict[str, Served]:
 
 @lru_cache(maxsize=64)
 def glimpse(of: Machine, placement: str) -> Glimpse:
-    """Two iterations without prompts, the first that come when half of the questions are answered. Raises LabError."""
+    """Two iterations without prompts, the first that come when a fifth of the questions are answered: by then all clients are
+    there. Raises LabError."""
     config = loop_config(placement, of.speed, kv_tokens=of.kv_tokens, log_level=4, log_capacity=KEPT)
     with Engine(config) as engine:
         feed, answered = Feed(engine, loop_load(REQUESTS, CLIENTS).source(engine.model.vocab_size)), 0
@@ -106,7 +128,7 @@ def glimpse(of: Machine, placement: str) -> Glimpse:
             for output in engine.step():
                 feed.take(output)
                 answered += output.finished
-            if answered >= REQUESTS // 2 and (pair := _two_decodes(tuple(engine.log)[-KEPT // 4 :])):
+            if answered >= REQUESTS // 5 and (pair := _two_decodes(tuple(engine.log)[-KEPT // 4 :])):
                 return _seen(pair, list(engine.log))
         raise AssertionError("a load of these lengths has two decode steps in a row")
 
@@ -154,16 +176,44 @@ def merged(bars: Iterable[Bar]) -> list[Bar]:
 
 
 # --------------------------------------------------------------------------------------- recording
+def recorded(of: Machine) -> Record:
+    """A machine under all placements, from nothing."""
+    return Record(compared(of, lambda name: None), {name: glimpse(of, name) for name in NAMES})
+
+
 def write(path: Path) -> None:
-    """Record the default machine under all placements."""
-    of = Machine()
-    found = Record(compared(of, lambda name: None), {name: glimpse(of, name) for name in NAMES})
-    path.write_bytes(msgspec.json.encode(found))
+    """Record the default machine."""
+    path.write_bytes(msgspec.json.encode(recorded(Machine())))
 
 
 def read(path: Path) -> Record:
     """What `write` wrote."""
     return msgspec.json.decode(path.read_bytes(), type=Record)
+
+
+def write_chart(path: Path, each: Callable[[str], object]) -> None:
+    """Record all machines that the sliders offer, on all cores: minutes of computing. `each` hears of every one that is done."""
+    machines = [Machine(speed, tokens) for tokens in BUDGETS for speed in SPEEDS]
+    found = {}
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for of, record in zip(machines, pool.map(recorded, machines)):
+            found[of.name] = record
+            each(of.name)
+    chart = Chart(found[Machine().name].mark, {name: _rounded(record) for name, record in found.items()})
+    path.write_bytes(zstandard.compress(msgspec.msgpack.encode(chart), 19))
+
+
+def _rounded(record: Record) -> Record:
+    """As exact as anybody could see it, and much smaller."""
+    served = {name: Served(one.rate, one.ttft, {where: tuple(float(f"{t:.4g}") for t in values) for where, values in one.tpot.items()})
+              for name, one in record.served.items()}  # fmt: skip
+    return Record(served, {name: msgspec.structs.replace(one, bars=tuple(Bar(b.lane, b.kind, round(b.start, 3), round(b.end, 3)) for b in one.bars))
+                           for name, one in record.glimpses.items()})  # fmt: skip
+
+
+def read_chart(path: Path) -> Chart:
+    """What `write_chart` wrote."""
+    return msgspec.msgpack.decode(zstandard.decompress(path.read_bytes()), type=Chart)
 
 
 # ----------------------------------------------------------------------------------------- telling

@@ -69,6 +69,7 @@ const LEFT = 46, RIGHT = 10, AXIS = 20;
 const SLOTS = [6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 100, 128, 160, 200, 260, 340, 440, 580, 760, 1000];
 const SECONDS_ON_SCREEN = 30; // a whole run at speed 1
 const LIVE_MS = 45; // between two pictures of a live run, however often its data come
+const SHARE = 30; // a picture of a live run may take one part in so many of the time: a slow machine draws fewer
 const SLOW_MS = 500; // between two pictures of what changes slowly while a live run is followed
 const [QUEUED, PREFILL, DECODE, PREEMPTED, SWAPPED, RECOMPUTE, HELD] = [0, 1, 2, 3, 4, 5, 6];
 const DOING = ["in the queue", "computing its prompt", "decoding", "preempted", "swapped out", "computing again what was dropped", "running, but in no step"];
@@ -239,7 +240,7 @@ function surroundings(element) {
 class View {
   constructor(model, el) {
     this.model = model; this.book = new Book(); this.row = 0; this.follow = true; this.zoom = null;
-    this.hover = null; this.drawnAt = 0; this.whys = new Map(); this.widths = new Map(); this.entries = new Map(); this.slowAt = -1e9; this.dirty = true; this.coming = false; this.saidStep = null; this.alive = true; this.forks = new Map();
+    this.hover = null; this.drawnAt = 0; this.whys = new Map(); this.widths = new Map(); this.entries = new Map(); this.slowAt = -1e9; this.took = 0; this.dirty = true; this.coming = false; this.saidStep = null; this.alive = true; this.forks = new Map();
     this.build(el);
     this.cleanups = [];
     this.wire();
@@ -327,7 +328,7 @@ class View {
   schedule() {
     if (this.coming || !this.alive) return;
     this.coming = true;
-    const wait = this.isLive && this.follow ? LIVE_MS - (performance.now() - this.drawnAt) : 0;
+    const pause = clamp(SHARE * this.took, LIVE_MS, 250), wait = this.isLive && this.follow ? pause - (performance.now() - this.drawnAt) : 0;
     const ask = () => requestAnimationFrame(now => { this.coming = false; if (this.alive) this.frame(now); });
     if (wait > 1) setTimeout(ask, wait); else ask();
   }
@@ -582,6 +583,7 @@ class View {
     const has = !!this.book.meta && (this.book.length > 0 || this.book.byArrival.length > 0);
     this.main.hidden = !has; this.empty.hidden = has;
     if (has) this.draw();
+    this.took = 0.8 * this.took + 0.2 * (performance.now() - this.drawnAt);
   }
 
   advance(now) {
@@ -614,11 +616,10 @@ class View {
   draw() {
     const b = this.book, s = b.steps, row = this.row;
     this.drawn = this.window;
+    this.drawLines(); this.drawStrip(); this.drawWall(); // all canvases before the first new word: text on a canvas asks for the page's style
+    if (!(this.isLive && this.follow) || this.drawnAt - this.slowAt >= SLOW_MS) this.drawSlowly();
     say(this.play, this.playing ? "Pause" : this.isLive ? "Follow" : "Play");
     this.play.ariaLabel = this.play.textContent;
-    const slowly = this.isLive && this.follow && this.drawnAt - this.slowAt < SLOW_MS;
-    if (!slowly) this.drawSlowly();
-    this.drawLines(); this.drawStrip(); this.drawWall();
     const m = b.meta, tokens = s.prefill[row] < 0 ? s.decode[row] : s.prefill[row] + s.decode[row];
     const budget = this.budget(s.start[row] ?? 0), blocks = this.pool(s.start[row] ?? 0), full = blocks && s.used[row] > 0.95 * blocks;
     const tile = (name, value, hot = false) => [name, String(value), hot];
@@ -635,9 +636,9 @@ class View {
   drawSlowly() { // the whole run, and what assistants are told of it
     const s = this.book.steps, row = this.row;
     this.slowAt = this.drawnAt;
+    this.drawOver();
     this.speed.hidden = this.isLive;
     this.speed.value = this.model.get("speed");
-    this.drawOver();
     this.over.setAttribute("aria-valuemin", s.step[0] ?? 0); this.over.setAttribute("aria-valuemax", s.step.at(-1) ?? 0);
     this.over.setAttribute("aria-valuenow", s.step[row] ?? 0);
     this.over.setAttribute("aria-valuetext", this.book.length ? `step ${s.step[row]}, ${this.secs(s.start[row])}` : "no step");
@@ -662,7 +663,7 @@ class View {
     const g = canvas.getContext("2d");
     g.setTransform(ratio, 0, 0, ratio, 0, 0);
     if (!keep) g.clearRect(0, 0, width, height);
-    g.font = "11.5px system-ui, 'Liberation Sans', Helvetica, Arial, sans-serif";
+    if (!g.font.startsWith("11.5px")) g.font = "11.5px system-ui, 'Liberation Sans', Helvetica, Arial, sans-serif";
     g.textBaseline = "middle"; g.textAlign = "left";
     return { g, width, height };
   }
@@ -954,7 +955,7 @@ class View {
     this.entries = new Map([...entries].map(([key, note]) => [key, this.entries.get(key) ?? this.entry(note, note.step >= step)]));
     this.place(this.log, [...this.entries.values()]);
     if (!shown.length) this.log.replaceChildren(make("li", {}, b.meta.level < 2 ? "Decisions are recorded from log_level=2 on." : "No decision yet."));
-    this.log.scrollTop = 0;
+    if (!this.follow) this.log.scrollTop = 0;
     const loud = note => ["failed", "preempt", "refuse", "victim"].indexOf(note.kind) + 1 || 9; // these first, if there are many
     const words = current.slice().sort((a, b) => loud(a) - loud(b)).slice(0, 6).map(n => `${this.name(n)} ${n.kind}: ${n.text}`).join(". ");
     const speech = b.length ? `Step ${step}. ${words || "Nothing new."}` : "";
