@@ -99,7 +99,8 @@ def session(minutes: float, width: int, speed: int) -> None:
         path = os.environ.get("CHROMIUM") or next(p for p in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(p).exists())
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         page = browser.new_page(viewport={"width": width, "height": 1400})
-        page.set_default_timeout(150000); page.goto(f"{url}engine_room/")
+        page.set_default_timeout(150_000)  # milliseconds: the machine may be busy
+        page.goto(f"{url}engine_room/")
         page.wait_for_function("+(document.querySelector('marimo-anywidget')?.shadowRoot ?? document).querySelector('.llt')?.dataset.step > 20 "
                                "&& !document.body.innerText.includes('being loaded')", timeout=120_000)  # fmt: skip
         for _ in range(speed):

@@ -64,11 +64,9 @@ class Fair:
 
 
 # %% 08
-def choose(g, h_rows, t, h, layers):
-    """The way with the highest throughput."""
-    if not h_rows:
-        return "device only"
-    step = max(t, layers * h / (layers + 1))
-    rate = {"device only": g / t, "wait": (g + h_rows) / (t + layers * h),
-            "later": g / step + h_rows / ((layers + 1) * step)}
+def choose(g, h_rows, linear, attention, row, layers):
+    """The mode with the highest throughput."""
+    alone, twice = layers * (linear + attention), layers * (2 * linear + attention)
+    rate = {"gpu_only": g / alone, "asym_pipeline": (g + min(h_rows, (2 * linear + attention) / row)) / twice,
+            "async_overlap": g / alone + min(h_rows / ((layers + 1) * alone), 1 / (layers * row))}
     return max(rate, key=rate.get)

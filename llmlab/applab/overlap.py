@@ -93,7 +93,7 @@ class Record(msgspec.Struct, frozen=True):
         return " ".join(f"{name} {one.rate:.5g} {self.glimpses[name].length:.5g}" for name, one in self.served.items())
 
 
-class Chart(msgspec.Struct, frozen=True):
+class Atlas(msgspec.Struct, frozen=True):
     """The records of all machines that the sliders offer, by `Machine.name`; `mark` is that of the default one."""
 
     mark: str
@@ -191,7 +191,7 @@ def read(path: Path) -> Record:
     return msgspec.json.decode(path.read_bytes(), type=Record)
 
 
-def write_chart(path: Path, each: Callable[[str], object]) -> None:
+def write_atlas(path: Path, each: Callable[[str], object]) -> None:
     """Record all machines that the sliders offer, on all cores: minutes of computing. `each` hears of every one that is done."""
     machines = [Machine(speed, tokens) for tokens in BUDGETS for speed in SPEEDS]
     found = {}
@@ -199,8 +199,8 @@ def write_chart(path: Path, each: Callable[[str], object]) -> None:
         for of, record in zip(machines, pool.map(recorded, machines)):
             found[of.name] = record
             each(of.name)
-    chart = Chart(found[Machine().name].mark, {name: _rounded(record) for name, record in found.items()})
-    path.write_bytes(zstandard.compress(msgspec.msgpack.encode(chart), 19))
+    atlas = Atlas(found[Machine().name].mark, {name: _rounded(record) for name, record in found.items()})
+    path.write_bytes(zstandard.compress(msgspec.msgpack.encode(atlas), 19))
 
 
 def _rounded(record: Record) -> Record:
@@ -211,9 +211,9 @@ def _rounded(record: Record) -> Record:
                            for name, one in record.glimpses.items()})  # fmt: skip
 
 
-def read_chart(path: Path) -> Chart:
-    """What `write_chart` wrote."""
-    return msgspec.msgpack.decode(zstandard.decompress(path.read_bytes()), type=Chart)
+def read_atlas(path: Path) -> Atlas:
+    """What `write_atlas` wrote."""
+    return msgspec.msgpack.decode(zstandard.decompress(path.read_bytes()), type=Atlas)
 
 
 # ----------------------------------------------------------------------------------------- telling

@@ -74,11 +74,11 @@ def head_to_head(entry: Trial, course: Course) -> Any:
 
 # ------------------------------------------------------------------------------- CPU and GPU in parallel
 @cache
-def _chart() -> dict[str, overlap.Record]:
+def _atlas() -> dict[str, overlap.Record]:
     """The recorded machines, by name; without those that were recorded before the default one was."""
     opens_with = overlap.read(gallery.recorded_file("overlap.json"))
-    chart = overlap.read_chart(gallery.recorded_file("overlap.msgpack.zst"))
-    machines = chart.machines if chart.mark == opens_with.mark else {}
+    atlas = overlap.read_atlas(gallery.recorded_file("overlap.msgpack.zst"))
+    machines = atlas.machines if atlas.mark == opens_with.mark else {}
     return {**machines, overlap.Machine().name: opens_with}
 
 
@@ -86,7 +86,7 @@ def placements(of: overlap.Machine) -> dict[str, overlap.Served]:
     """All placements on this machine: recorded, or else simulated, with a bar that shows how far it is."""
     import marimo as mo
 
-    known = _chart().get(of.name)
+    known = _atlas().get(of.name)
     if known is not None:
         return known.served
     with mo.status.progress_bar(total=len(overlap.NAMES), title="Simulating", remove_on_exit=True) as bar:
@@ -97,7 +97,7 @@ def iterations(of: overlap.Machine, chosen: Sequence[str]) -> list[overlap.Glimp
     """Two iterations of each: recorded or simulated."""
     import marimo as mo
 
-    known = _chart().get(of.name)
+    known = _atlas().get(of.name)
     if known is not None:
         return [known.glimpses[name] for name in chosen]
     with mo.status.spinner(title="Simulating two iterations", remove_on_exit=True):

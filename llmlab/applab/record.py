@@ -1,6 +1,7 @@
 """Record the runs that the apps open with: `python -m llmlab.applab.record FILE.jsonl.zst`
-(the engine room), `python -m llmlab.applab.record FOLDER` (speculation), `python -m llmlab.applab.record FILE.json` (CPU and
-GPU in parallel; simulated, so it is the same everywhere).
+(the engine room), `python -m llmlab.applab.record FOLDER` (speculation), `python -m llmlab.applab.record FILE.json` and
+`FILE.msgpack.zst` (CPU and GPU in parallel, what the page opens with and all that its sliders offer; simulated, so it is the same
+everywhere; the second takes minutes).
 
 The first two are real and measured, on the machine at hand: the live engine's configuration with a pool that is too small, 40 requests of
 its stream, and a long prompt in the middle.
@@ -54,5 +55,7 @@ if __name__ == "__main__":
         record_drafts(place)
     elif place.suffix == ".json":
         overlap.write(place)
+    elif place.suffixes[-2:] == [".msgpack", ".zst"]:
+        overlap.write_atlas(place, print)
     else:
         print(record(place))

@@ -76,7 +76,8 @@ def merge_work(work: Iterable[Work], apart: float) -> list[Work]:
 def resource_gantt(run: Run, start: float | None = None, end: float | None = None) -> Any:
     """Four resources on one time axis: who works, who waits, and what of the copies hides behind the device's work.
     Orange: steps with prefill; blue: decode only; sky: transfers; thin grey: idle, with its cause on pointing. Shown is
-    `start` to `end` (seconds), by default the busiest stretch around transfers and CPU work. Needs log level 4."""
+    `start` to `end` (seconds), and the title speaks of that; by default the busiest stretch around transfers and CPU work, under
+    what holds for the whole run. Needs log level 4."""
     work = work_of(run)
     if not work:
         why = ("Spans are recorded from log_level=4 on." if run.started.level < 4 else "This executor reported no spans.")
@@ -85,17 +86,18 @@ def resource_gantt(run: Run, start: float | None = None, end: float | None = Non
     window = Window(whole.start if start is None else start, whole.end if end is None else end)
     if start is None and end is None:
         window = _interesting(work, whole)
-    bars = merge_work([window.cut(w) for w in work if w.end > window.start and w.start < window.end],
-                      MAX_SECONDS_SHARE * (window.end - window.start))  # fmt: skip
+    seen = [window.cut(w) for w in work if w.end > window.start and w.start < window.end]
+    told, over = (work, whole) if start is None and end is None else (seen, window)
+    bars = merge_work(seen, MAX_SECONDS_SHARE * (window.end - window.start))
     lanes = [name for name in LANES if name in ALWAYS or any(w.resource == name for w in work)]
     unit, c = unit_for(window.end - window.start), roles()
     import altair as alt
 
     layers = [_idle(run, window, lanes, unit, c), _bars(bars, lanes, unit, c), *_words(bars, window, lanes, unit, c)]
     shown = "" if window == whole else f"Shown are {seconds(window.start)} to {seconds(window.end)} of {seconds(whole.end)}"
-    shares = ", ".join(f"{LANES[name]} {percent(busy(work, name) / (whole.end - whole.start))}" for name in lanes if busy(work, name))
+    shares = ", ".join(f"{LANES[name]} {percent(busy(told, name) / (over.end - over.start))}" for name in lanes if busy(told, name))
     return alt.layer(*layers).properties(
-        width=WIDTH, height=_ROW * len(lanes), title=title(finding(work, whole), setting(run), f"Busy over the run: {shares}", shown)
+        width=WIDTH, height=_ROW * len(lanes), title=title(finding(told, over), setting(run), f"Busy over {'the run' if over == whole else 'that time'}: {shares}", shown)
     )
 
 
