@@ -24,6 +24,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "draft, ewma": {"speculation": "DRAFT", "num_speculative_tokens": 10, "draft_policy": "ewma"},
     "draft, k=10": {"speculation": "DRAFT", "num_speculative_tokens": 10},
     "draft, goodput": {"speculation": "DRAFT", "num_speculative_tokens": 10, "draft_policy": "goodput"},
+    "heads, k=1": {"speculation": "heads", "num_speculative_tokens": 1}, "heads, k=2": {"speculation": "heads", "num_speculative_tokens": 2},
+    "heads, k=4": {"speculation": "heads", "num_speculative_tokens": 4},
+    "heads, goodput": {"speculation": "heads", "num_speculative_tokens": 6, "draft_policy": "goodput"},
 }  # fmt: skip
 
 
@@ -33,6 +36,14 @@ def prompts_of(suite: str, count: int) -> list[str]:
 
     dice = random.Random(0)
     return [tasks.suite(suite).problem(dice, k=3 if suite == "arith" else 1, split="test").prompt for _ in range(count)]
+
+
+def runs(name: str, model: str) -> bool:
+    """Whether the model has what this configuration drafts with."""
+    from llmlab.models.zoo import resolve
+
+    directory = resolve(model).directory
+    return "heads" not in name or (directory is not None and (directory / "heads.safetensors").exists())
 
 
 def llmlab_run(model: str, fields: dict[str, Any], prompts: Sequence[str], batch: int, max_tokens: int) -> dict[str, Any]:
@@ -96,7 +107,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     for batch in map(int, args.batches.split(",")):
         prompts = prompts_of(args.suite, max(batch, args.prompts))
-        names = [name for name in CONFIGS if name.replace(", ", "; ") in args.configs.split(",")]
+        names = [name for name in CONFIGS if name.replace(", ", "; ") in args.configs.split(",") and runs(name, args.model)]
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for _ in range(args.repeats):
             for name in names:

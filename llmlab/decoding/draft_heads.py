@@ -2,18 +2,22 @@
 in recurrent drafters (arXiv 2403.09919).
 
     s0                      the target's state behind its last layer, from which it drew token t0
-    s(i+1) = s(i) + down (silu(gate) * up),      [gate; up] = W_state norm(s(i)) + W_token norm(embed(t(i)))
-    t(i+1) = the target's final norm and output layer over s(i+1)
+    s(i+1) = s(i) + down (silu(gate) * up),      [gate; up] = W_state norm(s(i)) + sum over j of W_j norm(embed(t(i - j)))
+    t(i+1) ~ the target's final norm and output layer over s(i+1)
 
-Embedding, final norm and output layer are the target's, so the heads are two matrices. They read no prompt and keep no KV:
-a request whose drafts nobody wanted for a while costs nothing until they are wanted again. They are trained for one target
-(`llmlab.training.heads`) and lie beside its weights.
+Embedding, final norm and output layer are the target's. Instead of attention there is a window: each of the last few tokens,
+those before the state included, has a matrix of its own, which is enough to copy what stands a line further up. What a token
+adds in its place is known as soon as the weights are, so a step costs one row of a table for each place and two small products.
+
+The heads read no prompt and keep no KV: a request whose drafts nobody wanted for a while costs nothing until they are wanted
+again. They are trained for one target (`llmlab.training.heads`) and lie beside its weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,18 +39,18 @@ CHUNK = 1 << 20  # bytes of a target's weights that its fingerprint is made from
 
 
 class HeadWeights(NamedTuple):
-    """`state_norm [d]`, `w_state [2f, d]`, `w_token [2f, d]`, `down [d, f]` of one dtype."""
+    """`state_norm [d]`, `w_state [2f, d]`, `w_tokens [window, 2f, d]` (the newest token's first), `down [d, f]`."""
 
     state_norm: Tensor
     w_state: Tensor
-    w_token: Tensor
+    w_tokens: Tensor
     down: Tensor
 
     def check(self, hidden_size: int) -> None:
         """Raises ConfigError unless the sizes fit each other and a target of this width."""
-        inner = self.down.shape[-1]
-        wanted = {"state_norm": (hidden_size,), "w_state": (2 * inner, hidden_size), "w_token": (2 * inner, hidden_size),
-                  "down": (hidden_size, inner)}  # fmt: skip
+        inner, window = self.down.shape[-1], len(self.w_tokens)
+        wanted = {"state_norm": (hidden_size,), "w_state": (2 * inner, hidden_size), "down": (hidden_size, inner),
+                  "w_tokens": (max(1, window), 2 * inner, hidden_size)}  # fmt: skip
         for name, shape in wanted.items():
             found = tuple(getattr(self, name).shape)
             if found != shape:
@@ -67,10 +71,10 @@ class DraftHeads:
         weights.check(target.shape.hidden_size)
         self.name, self._target, self._seed, self._chosen = "heads", target, seed, chosen
         kernels, dtype, device = target.kernels, target.dtype, target.device
-        self._norm = weights.state_norm.to(device, torch.float32)
-        self._w_state = kernels.linear(weights.w_state.to(device, dtype))
-        self._down = kernels.linear(weights.down.to(device, dtype))
-        self._token_part = _token_part(target, weights)
+        self._norm = weights.state_norm.detach().to(device, torch.float32)
+        self._w_state = kernels.linear(weights.w_state.detach().to(device, dtype))
+        self._down = kernels.linear(weights.down.detach().to(device, dtype))
+        self._window, self._table = len(weights.w_tokens), _table(target, weights)
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
         drafts: dict[str, list[int]] = {c.request.id: [] for c in contexts}
@@ -82,23 +86,28 @@ class DraftHeads:
 
     def _draft(self, going: Sequence[DraftContext], drafts: dict[str, list[int]]) -> None:
         state = torch.stack([c.hidden for c in going])
-        newest = [c.token_ids[-1] for c in going]
+        texts = [list(c.token_ids[-self._window :]) for c in going]
         while True:
-            state = self.step(state, newest)
+            state = self.step(state, texts)
             newest = self._choose(self._target.logits(state), going, drafts)
-            for c, token in zip(going, newest, strict=True):
+            for c, text, token in zip(going, texts, newest, strict=True):
                 if token >= 0:
                     drafts[c.request.id].append(token)
+                    text.append(token)
             stay = [i for i, c in enumerate(going) if newest[i] >= 0 and len(drafts[c.request.id]) < c.k]
             if not stay:
                 return
             if len(stay) < len(going):
-                state, going, newest = state[stay], [going[i] for i in stay], [newest[i] for i in stay]
+                state, going, texts = state[stay], [going[i] for i in stay], [texts[i] for i in stay]
 
-    def step(self, state: Tensor, token_ids: Sequence[int]) -> Tensor:
-        """States [n, hidden_size] behind `token_ids`, from those that these tokens were drawn from."""
-        kernels = self._target.kernels
-        inner = kernels.norm_linear(state, self._norm, EPS, self._w_state) + self._token_part[list(token_ids)]
+    def step(self, state: Tensor, texts: Sequence[Sequence[int]]) -> Tensor:
+        """States [n, hidden_size] behind each text, from those that its last token was drawn from."""
+        kernels, vocab = self._target.kernels, self._target.shape.vocab_size
+        rows = [j * vocab + token for text in texts for j, token in enumerate(reversed(text[-self._window :]))]
+        places = torch.tensor(rows, device=state.device)
+        starts = torch.tensor([0, *accumulate(min(len(text), self._window) for text in texts[:-1])], device=state.device)
+        tokens = torch.nn.functional.embedding_bag(places, self._table, starts, mode="sum")
+        inner = kernels.norm_linear(state, self._norm, EPS, self._w_state) + tokens
         return kernels.linear_add(kernels.gated_act(inner, "silu"), self._down, state)
 
     def _choose(self, logits: Tensor, contexts: Sequence[DraftContext], drafts: dict[str, list[int]]) -> list[int]:
@@ -109,11 +118,12 @@ class DraftHeads:
         return [sampled.token_id for sampled in sample(logits, rows)]
 
 
-def _token_part(target: Transformer, weights: HeadWeights) -> Tensor:
-    """What each token of the vocabulary adds before the gate, [vocab_size, 2f]: known as soon as the weights are."""
+def _table(target: Transformer, weights: HeadWeights) -> Tensor:
+    """What each token of the vocabulary adds before the gate in each place of the window, [window * vocab_size, 2f]."""
     ids = torch.arange(target.shape.vocab_size, device=target.device)
     embedded = torch.nn.functional.rms_norm(target.embed(ids).float(), (target.shape.hidden_size,), eps=EPS)
-    return (embedded @ weights.w_token.to(target.device, torch.float32).T).to(target.dtype)
+    parts = embedded @ weights.w_tokens.detach().to(target.device, torch.float32).transpose(1, 2)
+    return parts.flatten(0, 1).to(target.dtype)
 
 
 # ------------------------------------------------------------------------------------------- on disk

@@ -70,6 +70,7 @@ class HeadsCard(msgspec.Struct, frozen=True):
 
     parameters: int
     inner: int
+    window: int
     seed: int
     steps: int
     states: int
@@ -201,7 +202,7 @@ def _heads_section(heads: HeadsCard | None) -> str:
     return f"""
 ## Draft heads (`heads.safetensors`)
 
-{heads.parameters:,} parameters (gate of {heads.inner}), for `speculation="heads"`. Trained on {heads.states:,} states of this model's own
+{heads.parameters:,} parameters (gate of {heads.inner}, window of {heads.window} tokens), for `speculation="heads"`. Trained on {heads.states:,} states of this model's own
 greedy answers, {heads.steps:,} steps, seed {heads.seed}, {heads.minutes:.1f} minutes of CPU time on {heads.machine}; loss at the end
 {heads.loss:.3f} nats per token. How often the i-th draft holds, given those before it, on held-out problems ({heads.held_out:,} states):
 

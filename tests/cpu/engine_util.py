@@ -132,7 +132,7 @@ def write_heads(directory: Path, steps: int = 120) -> tuple[Any, Any]:
     from llmlab.decoding.draft_heads import save_heads
     from llmlab.training import heads
 
-    plan = heads.Plan(inner=64, levels=3, rows=128, rate=1e-2, max_tokens=20)
+    plan = heads.Plan(inner=64, window=4, levels=3, rows=128, rate=1e-2, max_tokens=20)
     samples = heads.record(str(directory), PRACTICE, plan)
     made = heads.train(heads.Output.of(directory), samples, plan, steps)
     save_heads(made.heads.weights(), directory)

@@ -90,7 +90,7 @@ def test_nobody_gathers_states_for_a_source_that_does_not_ask(oracle: Oracle) ->
 def test_training_lowers_the_loss_and_the_drafts_hold(trained: Any, oracle: Oracle) -> None:
     made, samples = trained
     assert made.steps == 120 and made.loss < 0.5 * made.first_loss
-    untrained = heads.Heads(heads.Output.of(oracle.directory), 64)
+    untrained = heads.Heads(heads.Output.of(oracle.directory), 64, 4)
     assert made.heads.acceptance(samples)[0] > max(0.5, 2 * untrained.acceptance(samples)[0])
 
 
@@ -99,15 +99,16 @@ def test_what_is_recorded_is_what_the_model_says(trained: Any, oracle: Oracle) -
     _, samples = trained
     output = heads.Output.of(oracle.directory)
     assert (output.logits(samples.states).argmax(-1) == samples.tokens[:, 0]).all()
-    assert (samples.tokens[:, 1:] == heads.ENDED).any() and (samples.tokens[:, 0] >= 0).all()
+    assert (samples.tokens[:, 1:] == heads.ABSENT).any() and (samples.tokens[:, 0] >= 0).all()
 
 
 def test_inference_and_training_compute_the_same_heads(trained: Any, oracle: Oracle) -> None:
     made, samples = trained
     source = DraftHeads(load_model(oracle.directory, "f32").model, made.heads.weights())
+    texts = torch.cat([samples.past, samples.tokens[:, :1]], 1)[:40]
     with torch.inference_mode():
-        states = source.step(samples.states[:40].clone(), samples.tokens[:40, 0].tolist())
-        torch.testing.assert_close(states, made.heads(samples.states[:40], samples.tokens[:40, 0]), rtol=1e-4, atol=1e-4)
+        states = source.step(samples.states[:40].clone(), [[t for t in text if t >= 0] for text in texts.tolist()])
+        torch.testing.assert_close(states, made.heads(samples.states[:40], texts, made.heads.table()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fields", [{}, {"kernels": "numba"}, {"dtype": "bfloat16"}])
@@ -161,7 +162,7 @@ def test_heads_of_other_weights_are_refused(trained: Any, oracle: Oracle, tmp_pa
 def test_heads_of_another_size_are_refused(name: str, trained: Any, oracle: Oracle, tmp_path: Path) -> None:
     wrong = _copied(oracle, tmp_path / "wrong")
     weights = trained[0].heads.weights()
-    save_heads(weights._replace(**{name: getattr(weights, name)[:-1]}), wrong)
+    save_heads(weights._replace(**{name: getattr(weights, name)[..., :-1].contiguous()}), wrong)
     with pytest.raises(ConfigError, match=r"its \w+ is \[.*\] where the target needs"):
         tiny_engine(wrong, speculation="heads")
 
