@@ -33,7 +33,7 @@ from rich.progress import Progress
 
 from llmlab import Engine, LabError, SamplingParams
 from llmlab.execution.device_line import CudaLine, DeviceLine, HostLine
-from llmlab.kernels.dispatch import device_capability
+from llmlab.kernels.dispatch import device_capability, why_no_cuda
 from roofline.memory import weight_bytes
 from roofline.precision import Precision
 
@@ -121,15 +121,6 @@ class Bench:
 
 
 # --------------------------------------------------------------------------------------- helpers
-def why_not() -> str | None:
-    """Why nothing can be measured here, or None."""
-    if not torch.backends.cuda.is_built():
-        return f"this torch ({torch.__version__}) was built without CUDA: install a CUDA build of torch"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device: no card, no driver, or a driver older than this torch needs (nvidia-smi tells)"
-    return None
-
-
 def timed(line: DeviceLine, work: Callable[[], object], repeats: int = 10) -> float:
     """Median seconds of a call on the device, by its own marks, after three calls that do not count."""
     for _ in range(3):
@@ -434,7 +425,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="decoding steps that count")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU and small, to test the script")
     options = parser.parse_args()
-    reason = None if options.rehearse else why_not()
+    reason = None if options.rehearse else why_no_cuda()
     if reason is not None:
         print(f"No GPU to measure: {reason}. Nothing was measured. `llmlab kernels --device t4` prints what a card would get, "
               "`llmlab sim --hardware t4` predicts how long it would take.", file=sys.stderr)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -33,11 +34,19 @@ from llmlab.execution.cost import (
 )
 from llmlab.execution.drafting import Drafter
 from llmlab.execution.expert_timeline import RooflineExperts
-from llmlab.execution.pool_plan import GRAPH_BYTES, Memory, budget_bytes, kv_blocks, no_room, out_of_memory
+from llmlab.execution.pool_plan import (
+    GRAPH_BYTES,
+    Memory,
+    budget_bytes,
+    kv_blocks,
+    no_room,
+    no_room_for_kv,
+    out_of_memory,
+)
 from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor
 from llmlab.execution.sim_offload import ExpertSimExecutor, host_of, routing_for
 from llmlab.execution.tensor_parallel import SIZES, check_group, divides, group_kv_bytes, group_weight_bytes
-from llmlab.kernels.capability import check_dtype, default_dtype
+from llmlab.kernels.capability import OLDEST, Capability, check_dtype, chosen_line, default_dtype
 from llmlab.kernels.quant_spec import parse_quantization
 from llmlab.memory.eviction import EVICTIONS, LRU
 from llmlab.memory.kv_manager import KVManager
@@ -72,6 +81,7 @@ from roofline.precision import Precision
 if TYPE_CHECKING:
     from llmlab.execution.device_line import DeviceLine
     from llmlab.execution.offload import ExpertOffload
+    from llmlab.execution.stream_executor import Anew
     from llmlab.execution.torch_executor import KVCache
     from llmlab.models.loader import LoadedModel
 
@@ -187,12 +197,31 @@ def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: E
         ev.RunStarted, mode=executor.mode, config=effective, code=__version__, seed=config.seed, level=config.log_level,
         hardware={"name": device.name, "bandwidth": devices * device.bandwidth, "peak": devices * device.peak_of(linear),
                   **({"devices": devices} if devices > 1 else {}), "threads_why": backend.threads_why,
-                  **executor.describe()},
+                  **_chosen(config, backend, effective["num_blocks"]), **executor.describe()},
         model={"name": model.name, "vocab_size": model.vocab_size, "eos_token_ids": list(model.eos_token_ids),
                "kv_bytes_per_token": backend.bytes_per_token, "precision": backend.precision,
                "shape": asdict(model.shape), **({"draft": asdict(drafts)} if drafts is not None else {}),
                **({"acceptance": list(config.speculation.acceptance)} if isinstance(config.speculation, Simulated) else {})},
     )  # fmt: skip
+
+
+def _chosen(config: EngineConfig, backend: Backend, num_blocks: int) -> dict[str, str]:
+    """The line that says what a GPU got; nothing for a CPU and for simulations."""
+    card = card_of(backend.loaded) if backend.loaded is not None else None
+    if card is None or backend.loaded is None:
+        return {}
+    dtype = str(backend.loaded.dtype).removeprefix("torch.")
+    table = backend.loaded.model.kernels.describe()
+    return {"chosen": chosen_line(card, table, dtype, config.quantization or "", num_blocks * config.block_size)}
+
+
+def card_of(loaded: LoadedModel) -> Capability | None:
+    """The GPU that a model is on."""
+    if loaded.device.type != "cuda":
+        return None
+    from llmlab.kernels.dispatch import device_capability
+
+    return device_capability(loaded.device, 0)
 
 
 def _log(config: EngineConfig, clock: Clock, metrics: LiveMetrics) -> EventLog:
@@ -347,7 +376,7 @@ def _dtype_for(config: EngineConfig, device: str) -> str:
         return "float32" if config.dtype == "auto" else config.dtype
     from llmlab.kernels.dispatch import device_capability
 
-    capability = device_capability(device)
+    capability = device_capability(device, 0 if config.kernels == "torch" else OLDEST)
     dtype = default_dtype(capability) if config.dtype == "auto" else config.dtype
     check_dtype(capability, dtype)
     return dtype
@@ -382,8 +411,12 @@ def _narrowed(config: EngineConfig, plain: str, machine: str) -> str:
 
 
 def _device(config: EngineConfig, torch: Any) -> str:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", "cuda", "torch sees no CUDA device here", "Use device='cpu' or executor='sim'.")
+    if config.device == "cuda":
+        from llmlab.kernels.dispatch import why_no_cuda
+
+        reason = why_no_cuda()
+        if reason is not None:
+            raise ConfigError("device", "cuda", f"torch sees no CUDA device here: {reason}", "Use device='cpu' or executor='sim'.")
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return config.device
@@ -524,17 +557,23 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, log: EventLo
             return _expert_simulation(config, backend, cost, tokens, clock, log), partial(_sim_drafting, backend, setup, tokens)
         return SimExecutor(cost, tokens, clock, described, config.block_size,
                            detailed=config.log_level >= 4), partial(_sim_drafting, backend, setup, tokens)  # fmt: skip
+    import torch
+
     from llmlab.execution.torch_executor import TorchExecutor
 
     line = device_line(backend.loaded) if _all_on_device(config, backend) else None
-    cache = _kv_cache(config, backend.loaded, num_blocks, num_host_blocks, line)
+    try:
+        cache = _kv_cache(config, backend.loaded, num_blocks, num_host_blocks, line)
+    except torch.OutOfMemoryError:
+        free = float(torch.cuda.mem_get_info(backend.loaded.device)[0]) if backend.loaded.device.type == "cuda" else 0.0
+        raise no_room_for_kv(num_blocks, backend.bytes_per_token * config.block_size, free) from None
     setup = setup._replace(kv_layers=cache.layers)
     if line is not None:
         from llmlab.execution.stream_executor import StreamExecutor
 
         length = min(config.max_model_len or backend.model.max_model_len, num_blocks * config.block_size)
         return StreamExecutor(backend.loaded, cache, config.block_size, config.seed, line, config.max_num_seqs, length,
-                              config.fixed_rows), _never_drafting  # fmt: skip
+                              config.fixed_rows, lambda: _anew(config, backend, num_blocks, num_host_blocks)), _never_drafting  # fmt: skip
     return TorchExecutor(backend.loaded, cache, config.block_size, config.seed, asynchronous=config.overlap_depth > 0,
                          offload=backend.offload, fixed_rows=config.fixed_rows), partial(_real_drafting, setup)  # fmt: skip
 
@@ -568,6 +607,30 @@ def _never_drafting(config: EngineConfig) -> Redraft:
         raise ConfigError("speculation", source_name(config.speculation), "this engine's steps are queued on the device, and it "
                           "was started without drafts", "Start an engine with speculation=... and switch it there.")  # fmt: skip
     return Redraft(None)
+
+
+def _anew(config: EngineConfig, backend: Backend, num_blocks: int, num_host_blocks: int) -> Anew | None:
+    """A lost device's model and KV once more: there, if it answers again, or on the CPU, if that was asked for."""
+    import torch
+
+    from llmlab.execution.device_line import HostLine, answers
+    from llmlab.execution.stream_executor import Anew, StreamCache
+    from llmlab.kernels.dispatch import make_kernels
+
+    assert backend.loaded is not None
+    own = str(backend.loaded.device)
+    place = next((name for name in (own, *(("cpu",) if config.on_device_loss == "cpu" else ())) if answers(name)), None)
+    if place is None:
+        return None
+    dtype = str(backend.loaded.dtype).removeprefix("torch.")
+    try:
+        kernels = make_kernels(config.kernels if place == own else "auto", place, getattr(torch, dtype))
+        loaded = _load(config, dtype, place, kernels)
+        line = device_line(loaded) or HostLine(place)
+        return Anew(loaded, StreamCache(loaded, num_blocks, num_host_blocks, config.block_size, line), line)
+    except Exception as error:  # no memory, or the device went again: the requests learn of the loss itself
+        logging.getLogger("llmlab").warning("%s was lost and could not be replaced by %s: %s", own, place, error)
+        return None
 
 
 def _expert_simulation(config: EngineConfig, backend: Backend, cost: Any, tokens: PseudoTokens, clock: Clock, log: EventLog

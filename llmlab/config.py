@@ -37,7 +37,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     depend on the drafts, but not their distribution. `fixed_rows`: tokens in a pass with fixed numerics, for requests that must be
     deterministic.
     `attention_plan`: what predictions charge for attention on a GPU, see docs/gpu.md. `tensor_parallel_size`: simulated
-    devices side by side that share every layer (docs/simulator.md); `gpu_memory` is then that of each. Raises ConfigError.
+    devices side by side that share every layer (docs/simulator.md); `gpu_memory` is then that of each. `on_device_loss`: what
+    follows if a GPU stops answering: every request ends with the reason, or all go on on the CPU. Raises ConfigError.
     """
 
     model: str = "lab-s"
@@ -53,6 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_memory: str | int | None = None
     attention_plan: Literal["ideal", "balanced", "per_row"] = "ideal"
     tensor_parallel_size: int = 1
+    on_device_loss: Literal["fail", "cpu"] = "fail"
 
     block_size: int = 16
     num_blocks: int | None = None
@@ -109,6 +111,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         self._one_of("device", ("auto", "cpu", "cuda"))
         self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
         self._one_of("attention_plan", ("ideal", "balanced", "per_row"))
+        self._one_of("on_device_loss", ("fail", "cpu"))
         self._one_of("kernels", ("auto", "torch", "numba", "triton"))
         self._check_rest()
 

@@ -29,7 +29,9 @@ from llmlab.prompts import Prompt, checked_token_ids, token_ids_of
 from llmlab.scheduling.core import Update
 from llmlab.scheduling.steady import Steady
 from llmlab.types import (
+    DEVICE,
     FinishReason,
+    ItemResult,
     LabError,
     Request,
     RequestError,
@@ -72,6 +74,7 @@ class Engine:
         self._commit_seconds = 0.0
         self._num_requests = 0
         self._closed = False
+        self._lost = ""  # why nothing runs here any more
         self._steady: Steady | None = None
         if isinstance(self.executor, SimExecutor) and not self.config.overlap_depth:
             self._steady = Steady(self.scheduler, self.executor)
@@ -90,6 +93,9 @@ class Engine:
             raise RequestError("params", params, "is not a SamplingParams", "Write SamplingParams(max_tokens=...).")
         request_id = self._free_id(request_id, params.n)
         try:
+            if self._lost:
+                raise RequestError("engine", self.config.device, f"has lost its device and runs nothing any more: {self._lost}",
+                                   "Make a new engine; after a fault of a GPU, in a new process.")  # fmt: skip
             if params.deterministic and str(self.executor.describe().get("device", "")).startswith("cuda") \
                     and self.executor.mode == "measured":  # fmt: skip
                 raise RequestError("deterministic", True, "passes of a fixed shape run on the CPU only so far",
@@ -292,9 +298,20 @@ class Engine:
         result = self._timed(ticket.result())
         began = time.perf_counter()
         updates = self.scheduler.commit(result)
+        if DEVICE in result.lost:
+            self._lost = result.why
+            updates += self._end_arriving(result.why)
         self._commit_seconds = time.perf_counter() - began
         self._check(plan.step)
         return self._outputs(updates)
+
+    def _end_arriving(self, why: str) -> list[Update]:
+        """Requests that were to arrive later arrive now, and end with the reason."""
+        names = [request.id for _, _, request in sorted(self._future)]
+        for name in names:
+            self._admit_early(name)
+            self.scheduler.finish(name, "error", why)
+        return [Update(name, (), ItemResult(name, error=why), "error") for name in names]
 
     def _timed(self, result: StepResult) -> StepResult:
         """The result with the core's own times: of planning this step, and of committing the one before."""

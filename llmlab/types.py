@@ -411,8 +411,12 @@ class WeightMove(msgspec.Struct, frozen=True, omit_defaults=True):
     unused: bool = False
 
 
+DEVICE, DEVICE_MEMORY = "device", "device memory"  # what a step can lose beside the "cpu" that attends to host KV
+
+
 class StepResult(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """What came back from the executor for one StepPlan. `lost`: resources that died and will do no more ("cpu")."""
+    """What came back from the executor for one StepPlan. `lost`: resources that died and will do no more: "cpu", "device" (then
+    nothing runs any more), or "device memory" (what a device held, which runs again; nothing came of the step). `why` tells."""
 
     step: int
     results: tuple[ItemResult, ...]
@@ -421,6 +425,7 @@ class StepResult(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     experts: tuple[ExpertDispatch, ...] = ()
     weight_moves: tuple[WeightMove, ...] = ()
     lost: tuple[str, ...] = ()
+    why: str = ""
 
 
 # ------------------------------------------------------------------------------------------- costs

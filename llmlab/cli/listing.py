@@ -168,11 +168,11 @@ def kernel_choices(engine: dict[str, Any]) -> list[Any]:
     config = engine_config(**engine)
     import torch
 
-    from llmlab.kernels.dispatch import make_kernels
+    from llmlab.kernels.dispatch import make_kernels, why_no_cuda
 
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", "cuda", "torch sees no CUDA device here", "Name a card to see its table: --device t4.")
+    if device == "cuda" and (reason := why_no_cuda()) is not None:
+        raise ConfigError("device", "cuda", f"torch sees no CUDA device here: {reason}", "Name a card to see its table: --device t4.")
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
         return list(make_kernels(config.kernels, device=device, dtype=dtype, num_threads=config.num_threads).describe())

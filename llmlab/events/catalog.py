@@ -71,10 +71,12 @@ class Reconfigured(Event, frozen=True, tag=True):
 
 
 class ResourceLost(Event, frozen=True, tag=True):
-    """A resource died ("cpu": the worker that attends to host KV). The step's rows were computed elsewhere."""
+    """A resource died. "cpu", the worker that attends to host KV: the step's rows were computed elsewhere. "device memory", all
+    KV of a device that runs again: every request begins anew. "device": every request ends."""
 
     LEVEL: ClassVar[int] = 0
     resource: str
+    why: str = ""
 
 
 class InvariantViolated(Event, frozen=True, tag=True):
@@ -120,7 +122,7 @@ class RequestAdmitted(Event, frozen=True, tag=True):
 
 
 class RequestPreempted(Event, frozen=True, tag=True):
-    """A running request lost its device memory to another one."""
+    """A running request lost its device memory to another one, or with the device (`beneficiary` None; swapped ones, too)."""
 
     LEVEL: ClassVar[int] = 1
     mode: Literal["recompute", "swap"]
@@ -291,6 +293,7 @@ class StepFinished(Event, frozen=True, tag=True):
     num_waiting: int = 0
     used_blocks: int = 0
     lost: tuple[str, ...] = ()
+    lost_why: str = ""
 
 
 class Leapt(Event, frozen=True, tag=True):

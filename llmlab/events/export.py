@@ -429,5 +429,5 @@ def _requests(run: Run) -> Iterator[dict[str, Any]]:
             yield _slice(_REQUESTS, number, span.kind, span.start, span.end, **args)
     numbers = {name: number for number, name in enumerate(run.requests, _FIRST_REQUEST)}
     for event in run.events(ev.RequestPreempted):
-        yield _instant(_REQUESTS, numbers[event.request], f"preempted for {event.beneficiary}", event.t, mode=event.mode,
+        yield _instant(_REQUESTS, numbers[event.request], f"preempted for {event.beneficiary}" if event.beneficiary else "lost with the device", event.t, mode=event.mode,
                        tokens_lost=event.tokens_lost, blocks=event.num_blocks)  # fmt: skip

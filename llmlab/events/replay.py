@@ -93,7 +93,7 @@ def feed(scheduler: Schedules, event: ev.Event) -> None:
         scheduler.log.step = event.step
         scheduler.spans.replay(event)
     elif isinstance(event, ev.StepFinished):
-        scheduler.commit(StepResult(event.step, event.results, event.measured, lost=event.lost))
+        scheduler.commit(StepResult(event.step, event.results, event.measured, lost=event.lost, why=event.lost_why))
 
 
 def compare(recorded: Sequence[ev.Event], replayed: Sequence[ev.Event]) -> list[Difference]:

@@ -227,7 +227,11 @@ def _tell_preempted(run: Run, request: str, stretch: Stretch) -> Iterable[str]:
         yield (f"{failed.request} needed {count(failed.need, 'block')} and {failed.free} were free "
                f"(most blocks: {holders}).")  # fmt: skip
     victim = next((e for e in chain if isinstance(e, ev.Decision) and e.seam == "victim"), None)
-    yield describe(victim) if victim else f"Its memory went to {event.beneficiary} (decisions were not recorded)."
+    lost = next((e for e in chain if isinstance(e, ev.ResourceLost)), None)
+    if lost is not None:
+        yield f"The device lost its memory, and the request was queued again: {lost.why}."
+    else:
+        yield describe(victim) if victim else f"Its memory went to {event.beneficiary} (decisions were not recorded)."
     near = (e for e in run.index.of_request[request] if e.seq >= stretch.cause - 3)
     tier = next((e for e in near if isinstance(e, ev.Decision) and e.seam == "tiering"), None)
     if tier is not None:

@@ -16,6 +16,18 @@ import torch
 from torch import Tensor
 
 
+def answers(device: torch.device | str) -> bool:
+    """Whether a device still computes: after a fault of its own, CUDA answers every call of a process with that fault."""
+    if torch.device(device).type == "cpu":
+        return True
+    try:
+        return int((torch.ones(1, dtype=torch.int32, device=device) + 1).item()) == 2
+    except torch.OutOfMemoryError:
+        return True
+    except Exception:
+        return False
+
+
 class Mark(Protocol):
     """A moment in the order of a device's work."""
 
@@ -30,6 +42,9 @@ class DeviceLine(Protocol):
     """The main queue of a device and a second one for copies."""
 
     device: torch.device
+
+    def answers(self) -> bool:
+        """Whether the device still computes, asked after something failed."""
 
     def mark(self) -> Mark: ...
 
@@ -69,6 +84,9 @@ class HostLine:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+
+    def answers(self) -> bool:
+        return True
 
     def mark(self) -> Mark:
         return HostMark()
@@ -112,6 +130,9 @@ class CudaLine:
         self._main = torch.cuda.current_stream(device)
         self._copies = torch.cuda.Stream(device)
         self._pool: Any = None
+
+    def answers(self) -> bool:
+        return answers(self.device)
 
     def mark(self) -> Mark:
         return CudaMark(self._main)

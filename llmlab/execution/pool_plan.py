@@ -81,5 +81,13 @@ def out_of_memory(model: str, dtype: str, needed: float, free: float, int4_bytes
                        f"Choose {way}; shorter contexts and fewer sequences do not help here.")  # fmt: skip
 
 
+def no_room_for_kv(num_blocks: int, block_bytes: float, free: float) -> ConfigError:
+    """What to tell a user whose device ran out of memory while the KV pool was made."""
+    fitting = int(MEMORY_SHARE * free // block_bytes)
+    way = f"at most {fitting} blocks" if fitting else "quantization='int4', a smaller model or a larger device"
+    return ConfigError("num_blocks", num_blocks, f"does not fit: KV of {_gb(num_blocks * block_bytes)}, {_gb(free)} are free beside the weights",
+                       f"Choose {way}, or leave it out; fewer sequences (max_num_seqs) and shorter contexts (max_model_len) need less.")  # fmt: skip
+
+
 def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"

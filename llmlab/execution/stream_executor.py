@@ -13,8 +13,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,13 @@ from llmlab.execution.base import Done, Row, StepBatch, Ticket
 from llmlab.execution.decode_graph import DecodeGraphs, DecodeRow
 from llmlab.execution.device_line import DeviceLine, Mark
 from llmlab.execution.swap import HostTier
-from llmlab.execution.torch_executor import KVCache, TorchExecutor
+from llmlab.execution.torch_executor import KVCache, Loss, TorchExecutor, reason_of, unserved
 from llmlab.kernels.layout import PLAN_FACTS, AttentionMetadata
 from llmlab.models.loader import LoadedModel
-from llmlab.types import Durations, ItemResult, LabError, Move, ResourceSpan, StepResult
+from llmlab.types import DEVICE, DEVICE_MEMORY, Durations, ItemResult, LabError, Move, ResourceSpan, StepResult
 
 GREEDY = (0.0, 0.0, 0.0, 1.0, 0.0)
+MOST_LIVES = 3  # losses after which everything is made anew; something that kills every device must not go on for ever
 
 
 class StreamCache(KVCache):
@@ -54,11 +55,30 @@ class StreamCache(KVCache):
             super().move(move)
 
 
+class Anew(NamedTuple):
+    """What a lost device is replaced with: the model read once more, empty KV, and the queue of the device they are on."""
+
+    loaded: LoadedModel
+    cache: StreamCache
+    line: DeviceLine
+
+
+class Ran(NamedTuple):
+    """A ticket of a step that ran at once."""
+
+    executor: StreamExecutor
+    value: StepResult
+
+    def result(self) -> StepResult:
+        return self.executor.told(self.value)
+
+
 class InFlight:
     """A queued step: its rows, where their tokens will be, and the marks around it. `samples[i]`: row i's place, -1 if none."""
 
     def __init__(self, executor: StreamExecutor, batch: StepBatch, submitted: float) -> None:
         self.batch, self.executor, self.submitted, self.prepared = batch, executor, submitted, 0.0
+        self.life = executor.life
         self.samples: list[int] = []
         self.facts: list[dict[str, float]] = []
         self.tokens: Tensor | None = None
@@ -72,12 +92,16 @@ class InFlight:
         """Wait for this step and those before it."""
         while self._result is None:
             self.executor.settle_one()
-        return self._result
+        return self.executor.told(self._result)
 
     def settle(self, previous_end: float, base: Mark | None) -> float:
         """Wait, take the tokens over; when it ended, in seconds of the host's clock."""
         began, seconds = previous_end, 0.0
         spans: tuple[ResourceSpan, ...] = ()
+        loss = Loss()
+        if self.life != self.executor.life:  # it was queued on a device that was lost; an earlier step has told so
+            self._result = _in_vain(self.batch)
+            return previous_end
         try:
             if self.error or self.began is None or self.ended is None or self.moved is None:
                 raise RuntimeError(self.error)
@@ -89,10 +113,11 @@ class InFlight:
             results = tuple(self.executor.take(row, tokens[i] if i >= 0 else None) for row, i in zip(self.batch.rows, self.samples))
             spans = self._spans(began, self.moved.seconds_after(self.began), seconds)
         except Exception as error:  # whatever the device raises: the step is lost, the log says why
-            reason = self.error or f"{type(error).__name__}: {error}"
-            results = tuple(ItemResult(row.item.request, error=reason) for row in self.batch.rows)
+            reason = self.error or reason_of(error)
+            loss = self.executor.loss(reason)
+            results = unserved(self.batch.rows, None if DEVICE_MEMORY in loss.lost else reason)
         parts = {"prepare": self.prepared, "idle": max(0.0, began - previous_end) if base is not None else 0.0}
-        self._result = StepResult(self.batch.plan.step, results, Durations(seconds, parts=parts), spans)
+        self._result = StepResult(self.batch.plan.step, results, Durations(seconds, parts=parts), spans, lost=loss.lost, why=loss.why)
         return began + seconds
 
     def _spans(self, began: float, moving: float, seconds: float) -> tuple[ResourceSpan, ...]:
@@ -105,20 +130,29 @@ class InFlight:
 
 
 class StreamExecutor(TorchExecutor):
-    """See the module. `max_seqs`, `max_len`: what graphs are made for."""
+    """See the module. `max_seqs`, `max_len`: what graphs are made for. `again`: makes everything anew once the device is lost,
+    there or elsewhere, or says None; without it a loss is the end."""
 
     def __init__(self, loaded: LoadedModel, cache: KVCache, block_size: int, seed: int, line: DeviceLine, max_seqs: int,
-                 max_len: int, fixed_rows: int = 64) -> None:  # fmt: skip
+                 max_len: int, fixed_rows: int = 64, again: Callable[[], Anew | None] | None = None) -> None:  # fmt: skip
         super().__init__(loaded, cache, block_size, seed, asynchronous=False, fixed_rows=fixed_rows)
-        self.line, self.zero = line, time.perf_counter()
-        self._slots: dict[str, int] = {}
-        self._free = list(range(4 * max_seqs, 0, -1))  # slot 0 takes what nobody needs
-        self._last = torch.zeros(4 * max_seqs + 1, dtype=torch.int64, device=line.device)
-        graphs = isinstance(loaded.model.layers, list)
-        self.graphs = DecodeGraphs(loaded.model, self.cache.layers, self._last, max_seqs, max_len, block_size, line) if graphs else None
+        self.zero, self.life, self._told = time.perf_counter(), 0, 0  # `_told`: the life that the engine knows of
+        self._max_seqs, self._max_len, self._again = max_seqs, max_len, again
+        self._wrecks: list[object] = []
         self._queue: deque[InFlight] = deque()
         self._end = self.zero  # when the last settled step ended
-        self._base: Mark | None = None  # its mark
+        self._settle_on(line)
+
+    def _settle_on(self, line: DeviceLine) -> None:
+        """Everything that lies on the device beside model and KV."""
+        self.line = line
+        self._slots: dict[str, int] = {}
+        self._free = list(range(4 * self._max_seqs, 0, -1))  # slot 0 takes what nobody needs
+        self._last = torch.zeros(4 * self._max_seqs + 1, dtype=torch.int64, device=line.device)
+        graphs = isinstance(self._model.layers, list)
+        self.graphs = DecodeGraphs(self._model, self.cache.layers, self._last, self._max_seqs, self._max_len, self._block_size,
+                                   line) if graphs else None  # fmt: skip
+        self._base: Mark | None = None  # the mark of the last settled step
 
     # ------------------------------------------------------------------------------------ interface
     def submit(self, batch: StepBatch) -> Ticket:
@@ -132,13 +166,16 @@ class StreamExecutor(TorchExecutor):
                 self.settle_one()
             self._base = None  # the host steps in: the device waits, and its clock is read anew
             self._release(batch.forget)
-            return Done(self._run(batch))
+            return Ran(self, self._run(batch) if self.life == self._told else _in_vain(batch))
+        if self.life != self._told:  # planned by somebody who does not know yet that there is no KV to work on
+            self._release(batch.forget)
+            return Done(_in_vain(batch))
         step = InFlight(self, batch, began)
         try:
             with torch.inference_mode():
                 self._launch(step)
         except Exception as error:  # a kernel that does not compile, or no memory: the step is lost, the engine is not
-            step.error = f"{type(error).__name__}: {error}"
+            step.error = reason_of(error)
         self._release(batch.forget)
         step.prepared = time.perf_counter() - began
         self._queue.append(step)
@@ -148,7 +185,36 @@ class StreamExecutor(TorchExecutor):
         """Take the oldest step in flight over."""
         step = self._queue.popleft()
         self._end = step.settle(self._end, self._base)
-        self._base = None if step.error else step.ended
+        self._base = None if step.error or step.life != self.life else step.ended
+
+    # ----------------------------------------------------------------------------- a lost device
+    def loss(self, reason: str) -> Loss:
+        """What an error means: rows of a step, if the device answers; its memory, if everything could be made anew; or
+        the device."""
+        if self._gone or self.line.answers():
+            return Loss()
+        lost = self._loaded.device
+        why = f"{lost} does not answer any more after {reason}"
+        anew = self._again() if self._again is not None and self.life < MOST_LIVES else None
+        if anew is None:
+            self._gone = True
+            return Loss((DEVICE,), why)
+        # freeing what lies on a dead device would call it
+        self._wrecks.append((self._loaded, self.cache, self.line, self._last, self.graphs))
+        self._loaded, self._model, self.cache, self._fixed = anew.loaded, anew.loaded.model, anew.cache, None
+        self._lost.clear()
+        self._hidden.clear()
+        self.life += 1
+        self._settle_on(anew.line)
+        self._warm_up(anew.cache.layers[0][0].shape[0] * self._block_size)
+        return Loss((DEVICE_MEMORY,), f"{why}; begun anew on {anew.loaded.device}")
+
+    _loss = loss
+
+    def told(self, result: StepResult) -> StepResult:
+        """The engine gets a result: what it plans from now on knows of a loss in it."""
+        self._told += DEVICE_MEMORY in result.lost
+        return result
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "graphs": list(self.graphs.sizes) if self.graphs else [], "line": type(self.line).__name__}
@@ -208,6 +274,8 @@ class StreamExecutor(TorchExecutor):
         except torch.OutOfMemoryError:
             raise  # a smaller batch may fit; the step says what happened
         except Exception as error:  # a driver, a library or a kernel that cannot be recorded
+            if not self.line.answers():
+                raise
             logging.getLogger("llmlab").warning("graphs are off from here on, steps run kernel by kernel: %s", error)
             self.graphs = None
             return None
@@ -296,3 +364,8 @@ class StreamExecutor(TorchExecutor):
                 self._free.append(self._slots.pop(name))
             for known in (self._tokens, self._plain, self._lost, self._hidden, self._prompt_scores):
                 known.pop(name, None)
+
+
+def _in_vain(batch: StepBatch) -> StepResult:
+    """The result of a step that had no device to run on, and of which another step tells."""
+    return StepResult(batch.plan.step, unserved(batch.rows, None))

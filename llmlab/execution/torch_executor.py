@@ -18,15 +18,19 @@ from torch import Tensor
 from llmlab.decoding.sampler import Sampled, SampleRow, greedy, plain, prompt_logprobs, sample, sample_row
 from llmlab.decoding.speculative import accepted_path, branches, depths, lineages, paths
 from llmlab.execution.base import Done, Row, StepBatch, Ticket
+from llmlab.execution.device_line import answers
 from llmlab.execution.drafting import Drafter
 from llmlab.execution.fixed import FixedPasses, Text
 from llmlab.execution.hybrid import Hybrid
 from llmlab.execution.judging import by_key, by_rejection
 from llmlab.execution.offload import ExpertOffload, LayerWindow
 from llmlab.kernels import pages
+from llmlab.kernels.dispatch import first_line
 from llmlab.kernels.layout import AttentionMetadata, TreeRow
 from llmlab.models.loader import LoadedModel
 from llmlab.types import (
+    DEVICE,
+    DEVICE_MEMORY,
     MAX_NODES,
     Durations,
     ItemResult,
@@ -96,6 +100,13 @@ class KVCache:
             cache[dst // size, :, dst % size] = cache[src // size, :, src % size]
 
 
+class Loss(NamedTuple):
+    """What an error took with it, as in `StepResult.lost`, and why."""
+
+    lost: tuple[str, ...] = ()
+    why: str = ""
+
+
 class TorchExecutor:
     """Runs plans on the device of `loaded`. With `asynchronous`, in a worker thread, in order."""
 
@@ -116,6 +127,7 @@ class TorchExecutor:
         self._tokens: dict[str, list[int]] = {}
         self._plain: dict[str, bool] = {}  # of each request: whether its token is the largest logit, and no more was asked for
         self._lost: dict[str, str] = {}  # requests whose KV is gone, and why
+        self._gone = False  # whether the device was lost for good
         self._hidden: dict[str, Kept] = {}  # of requests that are between two layers
         self._drawn_from: dict[str, Tensor] = {}  # this step's states, for draft sources that read them
         self._prompt_scores: dict[str, list[TokenLogprobs]] = {}
@@ -172,17 +184,27 @@ class TorchExecutor:
             if self._drafter is not None:
                 self._drafter.forget(name)
         parts: dict[str, float] = {}
+        loss = Loss()
         try:
             with torch.inference_mode():
                 self._move(batch.plan.moves)
                 results = self._run_rows(batch.rows, parts)
         except Exception as error:  # whatever a kernel raises: the step is lost, the engine is not
-            results = tuple(ItemResult(r.item.request, error=f"{type(error).__name__}: {error}") for r in batch.rows)
+            reason = reason_of(error)
+            loss = self._loss(reason)
+            results = unserved(batch.rows, None if DEVICE_MEMORY in loss.lost else reason)
         seconds = time.perf_counter() - began
         padded, self._padded = self._padded, 0
-        result = StepResult(batch.plan.step, results, Durations(seconds, parts=parts, padded_tokens=padded))
+        result = StepResult(batch.plan.step, results, Durations(seconds, parts=parts, padded_tokens=padded), lost=loss.lost, why=loss.why)
         result = result if self._hybrid is None else self._with_host(result, parts)
         return result if self._offload is None else self._offload.told(result)
+
+    def _loss(self, reason: str) -> Loss:
+        """What an error in a step means: no more than its rows, as long as the device answers."""
+        if self._gone or answers(self._loaded.device):
+            return Loss()
+        self._gone = True
+        return Loss((DEVICE,), f"{self._loaded.device} does not answer any more after {reason}")
 
     def _move(self, moves: Sequence[Move]) -> None:
         """Block copies, in order. One that fails, for want of host memory as a rule, loses the KV of its request for
@@ -204,7 +226,8 @@ class TorchExecutor:
         assert self._hybrid is not None
         spans, waited = self._hybrid.take_spans(self._zero)
         parts = {**parts, "cpu": sum(span.end - span.start for span in spans), "join_wait": waited}
-        return replace(result, durations=replace(result.durations, parts=parts), spans=tuple(spans), lost=self._hybrid.take_lost())
+        lost = (*result.lost, *self._hybrid.take_lost())
+        return replace(result, durations=replace(result.durations, parts=parts), spans=tuple(spans), lost=lost)
 
     def _run_rows(self, rows: Sequence[Row], parts: dict[str, float]) -> tuple[ItemResult, ...]:
         """All rows that can run, those over the same layers together; the others end with their reason."""
@@ -473,3 +496,16 @@ def _displaced(row: Row, result: ItemResult, block_size: int) -> Iterator[tuple[
         if node != depth:
             src, dst = (table[at // block_size] * block_size + at % block_size for at in (fork + node, fork + depth))
             yield src, dst
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a step came to nothing, in one line; with the way out where memory ran out."""
+    told = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, torch.OutOfMemoryError):
+        told += "; a smaller max_num_batched_tokens, max_num_seqs or gpu_memory leaves a step more room"
+    return told
+
+
+def unserved(rows: Sequence[Row], error: str | None) -> tuple[ItemResult, ...]:
+    """The results of rows that came to nothing: they failed, or (None) nothing was wrong with them."""
+    return tuple([ItemResult(row.item.request, error=error) for row in rows])

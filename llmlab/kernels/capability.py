@@ -9,7 +9,7 @@ Specifications per Compute Capability"; multiprocessors and memory are those of 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from llmlab.types import ConfigError
@@ -62,13 +62,13 @@ CPU = Capability("cpu", 0, 0, 1, 0.0)
 OLDEST = 75  # Turing: what torch's and Triton's current releases still build for
 
 
-def of_compute(name: str, sm: int, units: int, memory_bytes: float) -> Capability:
-    """The capability of a device with a compute capability of `sm` / 10. Raises ConfigError below Turing."""
-    if sm < OLDEST:
+def of_compute(name: str, sm: int, units: int, memory_bytes: float, oldest: int = OLDEST) -> Capability:
+    """The capability of a device with a compute capability of `sm` / 10. Raises ConfigError below `oldest`, Turing."""
+    if sm < oldest:
         raise ConfigError("device", name, f"has compute capability {sm // 10}.{sm % 10}; the kernels need 7.5 (Turing) or later",
                           "Use device='cpu', or kernels='torch' if your torch still supports the card.")  # fmt: skip
     known = [shared for at_least, shared in sorted(SHARED_KIB.items()) if at_least <= sm]
-    return Capability(name, sm, known[-1], units, memory_bytes)
+    return Capability(name, sm, known[-1] if known else 48, units, memory_bytes)
 
 
 def capability_of(name: str) -> Capability:
@@ -101,6 +101,18 @@ def check_dtype(capability: Capability, dtype: str) -> None:
 def has_triton() -> bool:
     """Whether Triton is installed; it is not imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+def chosen_line(capability: Capability, table: Sequence[KernelChoice], dtype: str, weights: str, kv_tokens: int) -> str:
+    """What a device got and why, in one line. `weights`: their quantization, or ""; `table`: the kernel set's choices."""
+    rows = {row.op: row for row in table}
+    whole = rows.get("all")
+    attention = [f"{op} by {rows[f'attention, {op}'].implementation}" for op in ("decode", "prefill") if f"attention, {op}" in rows]
+    why = rows["attention, prefill"].why if not capability.tensor_cores and "attention, prefill" in rows else ""
+    kernels = f"all kernels {whole.implementation}" if whole else f"attention: {', '.join(attention)}{f' ({why})' if why else ''}"
+    narrow = f", weights in {weights}" if weights else ""
+    return (f"{capability.name} (sm_{capability.sm}, {capability.memory_bytes / (1 << 30):.0f} GiB): {dtype} "
+            f"({_why_dtype(capability, dtype)}){narrow}; {kernels}; KV for {kv_tokens:,} tokens. `llmlab kernels` tells the rest.")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- tiles of attention
@@ -188,6 +200,10 @@ def _attention_choices(capability: Capability, sm: str, head_dim: int, group: in
 
 def _row_choices() -> list[KernelChoice]:
     return [
+        KernelChoice("softmax of decoding", "online maximum", "holds for any scores; one maximum for all, with a second pass for rows it "
+                     "does not suit, is built, and nobody has measured it on a GPU"),
+        KernelChoice("linear, few rows", "torch (cuBLAS)", "sums in registers and flat products are built; they are taken from the "
+                     "batch sizes on that were measured for a card, and none was"),
         KernelChoice("rms_norm, add_rms_norm", "triton", "one pass instead of five operators"),
         KernelChoice("rope_store", "triton, one program per token", "norm, rotation and KV write in one launch"),
         KernelChoice("gated_act", "triton", "one pass instead of three operators"),

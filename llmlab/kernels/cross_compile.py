@@ -26,7 +26,8 @@ from triton.runtime.jit import JITFunction
 from llmlab.kernels.capability import Capability
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.kernels.quantized import QuantSpec, quantize_tensor
-from llmlab.kernels.triton_kernels import FEW_ROWS, TritonKernels
+from llmlab.kernels.softmax_schemes import UnifiedMax
+from llmlab.kernels.triton_kernels import FEW_ROWS, TritonKernels, TritonLinear
 
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -135,10 +136,21 @@ def launch_all(kernels: TritonKernels, dtype: torch.dtype, head_dim: int, group:
     kernels.experts(*experts)(x, torch.zeros(tokens, 8, dtype=dtype), 2, True)
     logits, ones = torch.zeros(2, 1024), torch.ones(2)
     kernels.draw(logits, ones, ones * 0, torch.full((2,), 5), ones * 0.9, ones.double() * 0.5)
+    launch_few_rows(kernels, dtype)
     for bits in (8, 4):
         linear = kernels.linear(quantize_tensor(torch.zeros(width, width, dtype=dtype), QuantSpec(bits)))
         for rows in (1, FEW_ROWS, tokens):
             linear(x[:rows])
+
+
+def launch_few_rows(kernels: TritonKernels, dtype: torch.dtype) -> None:
+    """The products of `dataflow`, for weights of a few and of many outputs; flat ones only where they have tensor cores."""
+    for outputs in (256, 8192):
+        wide = TritonLinear(torch.zeros(outputs, 512, dtype=dtype), torch.zeros(outputs, dtype=dtype))
+        for rows in (1, 4, 16):
+            wide.by("rows", torch.zeros(rows, 512, dtype=dtype))
+        for rows in (3, 64) if kernels.capability.tensor_cores else ():
+            wide.by("flat", torch.zeros(rows, 512, dtype=dtype))
 
 
 def launch_attention(kernels: TritonKernels, dtype: torch.dtype, dim: int, group: int, block_size: int) -> None:
@@ -151,9 +163,11 @@ def launch_attention(kernels: TritonKernels, dtype: torch.dtype, dim: int, group
     new = (1, 300)
     q, k = torch.zeros(sum(new), heads * group, dim, dtype=dtype), torch.zeros(sum(new), heads, dim, dtype=dtype)
     turn, norm = torch.zeros(sum(new), dim // 2), torch.ones(dim, dtype=dtype)
+    around_one = TritonKernels(kernels.capability, dtype, UnifiedMax(4.0, 2.0, 11.0))
     for window, cap in ((None, None), (512, 30.0)):
         meta = AttentionMetadata.build(new, lens, tables, block_size)
         kernels.paged_attention(q, keys, values, meta, 0.1, window, cap)
+        around_one.paged_attention(q, keys, values, meta, 0.1, window, cap)
     kernels.rope_store(q, k, k, turn, turn, keys, values, meta.slot_mapping)
     kernels.rope_store(q, k, k, turn, turn, keys, values, meta.slot_mapping, q_norm=norm, k_norm=norm)
     kernels.store_kv(k, k, keys, values, meta.slot_mapping)

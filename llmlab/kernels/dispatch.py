@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from llmlab.kernels import reference
-from llmlab.kernels.capability import Capability, has_triton, of_compute
+from llmlab.kernels.capability import OLDEST, Capability, has_triton, of_compute
 from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoice
 from llmlab.kernels.quantized import QuantizedTensor, WidenedExperts, WidenedLinear
-from llmlab.types import LabError
+from llmlab.types import ConfigError, LabError
 
 KVCaches = Sequence[tuple[Tensor, Tensor]] | Mapping[int, tuple[Tensor, Tensor]]
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -333,10 +333,32 @@ def _triton_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     return TritonKernels(device_capability(device), dtype)
 
 
-def device_capability(device: torch.device | str) -> Capability:
-    """What a CUDA device of this machine can do. Raises ConfigError below Turing."""
-    found = torch.cuda.get_device_properties(torch.device(device))
-    return of_compute(found.name, found.major * 10 + found.minor, found.multi_processor_count, float(found.total_memory))
+def device_capability(device: torch.device | str, oldest: int = OLDEST) -> Capability:
+    """What a CUDA device of this machine can do. Raises ConfigError below `oldest`, Turing, and for a driver that fails."""
+    try:
+        found = torch.cuda.get_device_properties(torch.device(device))
+    except RuntimeError as error:
+        raise ConfigError("device", str(device), f"cannot be asked what it can do: {first_line(error)}",
+                          "Mend the driver, or use device='cpu'.") from None  # fmt: skip
+    return of_compute(found.name, found.major * 10 + found.minor, found.multi_processor_count, float(found.total_memory), oldest)
+
+
+def why_no_cuda() -> str | None:
+    """Why torch cannot use a CUDA device of this machine, as it tells itself; None if it can."""
+    if torch.cuda.is_available():
+        return None
+    if not torch.backends.cuda.is_built():
+        return f"this torch ({torch.__version__}) was built without CUDA, install a CUDA build"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # no driver, one that is too old, a device that is hidden or broken
+        return first_line(error)
+    return "torch sees no CUDA device here (nvidia-smi tells more)"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the advice behind it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def host_kernels(device: Kernels, on_cpu: bool) -> Kernels:

@@ -4,7 +4,9 @@ A program takes its units (a tile of query tokens, a range of KV, one KV head) o
 query heads that share a KV head lie in the rows of one tile, so each key is read once for all of them.
 Softmax runs online; a divided row leaves partial states, which `merge_partials` joins in their order.
 Where products have no tensor cores behind them (sm_75), they are sums in registers.
-Sources: FlashInfer, arXiv 2501.01005; FlashAttention-2, arXiv 2307.08691 (the online softmax).
+With UNIFIED, scores are taken around one maximum for all rows; a unit whose sums leave their band is computed again, online,
+by the same program (see `softmax_schemes`).
+Sources: FlashInfer, arXiv 2501.01005; FlashAttention-2, arXiv 2307.08691 (the online softmax); FlashDecoding++, arXiv 2311.01282.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -42,13 +44,15 @@ def _tanh(x):
 
 
 @triton.jit
-def _range(q, own, start, stop, table, head, k_cache, v_cache, k_block, k_head, v_block, v_head, scale, softcap,
+def _range(q, own, start, stop, table, head, k_cache, v_cache, k_block, k_head, v_block, v_head, scale, softcap, phi,
            WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-           BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TENSOR_CORES: tl.constexpr):  # fmt: skip
-    """Attention of a tile over KV positions [start, stop): (sum of values, highest score, sum of weights), base 2."""
+           BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TENSOR_CORES: tl.constexpr, UNIFIED: tl.constexpr):  # fmt: skip
+    """Attention of a tile over KV positions [start, stop): (sum of values, highest score or phi, sum of weights), base 2."""
     d = tl.arange(0, D_PAD)
     n = tl.arange(0, BLOCK_N)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if UNIFIED:
+        highest = tl.zeros([BLOCK_M], tl.float32) + phi
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     for first in range(start // BLOCK_SIZE * BLOCK_SIZE, stop, BLOCK_N):
@@ -67,26 +71,35 @@ def _range(q, own, start, stop, table, head, k_cache, v_cache, k_block, k_head, 
             s = tl.where(at[None, :] <= own[:, None], s, float("-inf"))
         if WINDOW > 0:
             s = tl.where(at[None, :] > own[:, None] - WINDOW, s, float("-inf"))
-        new = tl.maximum(highest, tl.max(s, 1))
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.exp2(s - shift[:, None])
-        fade = tl.exp2(highest - shift)
-        total = total * fade + tl.sum(p, 1)
-        acc = acc * fade[:, None] + _values(p, v, TENSOR_CORES)
-        highest = new
+        if UNIFIED:
+            p = tl.exp2(s - phi)
+            total += tl.sum(p, 1)
+            acc += _values(p, v, TENSOR_CORES)
+        else:
+            new = tl.maximum(highest, tl.max(s, 1))
+            shift = tl.where(new == float("-inf"), 0.0, new)
+            p = tl.exp2(s - shift[:, None])
+            fade = tl.exp2(highest - shift)
+            total = total * fade + tl.sum(p, 1)
+            acc = acc * fade[:, None] + _values(p, v, TENSOR_CORES)
+            highest = new
     return acc, highest, total
 
 
 @triton.jit
-def attend(q, k_cache, v_cache, tables, lens, cu, items, queue, starts, out, lse, part_out, part_lse,
-           q_token, q_head, k_block, k_head, v_block, v_head, table_row, scale, softcap,
+def attend(q, k_cache, v_cache, tables, lens, cu, items, queue, starts, out, lse, part_out, part_lse, repaired,
+           q_token, q_head, k_block, k_head, v_block, v_head, table_row, scale, softcap, phi, least, most,
            HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
            WINDOW: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, TILE: tl.constexpr,
-           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TENSOR_CORES: tl.constexpr):  # fmt: skip
-    """One program's queue. Row m of a tile is query token m // GROUP, query head m % GROUP of its KV head."""
+           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TENSOR_CORES: tl.constexpr, UNIFIED: tl.constexpr):  # fmt: skip
+    """One program's queue. Row m of a tile is query token m // GROUP, query head m % GROUP of its KV head.
+
+    UNIFIED: scores around `phi` (base 2) as long as every row's sum lies in [least, most]; `repaired` [programs] counts the
+    units where it did not."""
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, D_PAD)
     program = tl.program_id(0)
+    repairs = 0
     for place in range(tl.load(starts + program), tl.load(starts + program + 1)):
         unit = tl.load(queue + place)
         head = unit % HEADS
@@ -104,7 +117,14 @@ def attend(q, k_cache, v_cache, tables, lens, cu, items, queue, starts, out, lse
             x = x.to(k_cache.dtype.element_ty)
         acc, highest, total = _range(
             x, own, start, stop, tables + row * table_row, head, k_cache, v_cache, k_block, k_head, v_block, v_head,
-            scale, softcap, WINDOW, CAUSAL, SOFTCAP, D, D_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, TENSOR_CORES)  # fmt: skip
+            scale, softcap, phi, WINDOW, CAUSAL, SOFTCAP, D, D_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, TENSOR_CORES, UNIFIED)  # fmt: skip
+        if UNIFIED:
+            safe = (total >= least) & (total <= most)  # not a number is not safe
+            if tl.sum((real & (safe == 0)).to(tl.int32)) > 0:
+                acc, highest, total = _range(
+                    x, own, start, stop, tables + row * table_row, head, k_cache, v_cache, k_block, k_head, v_block, v_head,
+                    scale, softcap, phi, WINDOW, CAUSAL, SOFTCAP, D, D_PAD, BLOCK_SIZE, BLOCK_M, BLOCK_N, TENSOR_CORES, False)  # fmt: skip
+                repairs += 1
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         state = tl.where(total == 0.0, float("-inf"), (highest + tl.log2(total)) / LOG2_E)
         if partial < 0:
@@ -115,6 +135,8 @@ def attend(q, k_cache, v_cache, tables, lens, cu, items, queue, starts, out, lse
             place_out = (partial + t).to(tl.int64) * (HEADS * GROUP) + heads
             tl.store(part_out + place_out[:, None] * D + d[None, :], acc, mask=inside)
             tl.store(part_lse + place_out, state, mask=real)
+    if UNIFIED:
+        tl.store(repaired + program, repairs)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ What no kernel covers (odd layouts of a cache, caps that SDPA does not know) goe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,15 +16,18 @@ from torch import Tensor
 
 from llmlab.kernels import reference
 from llmlab.kernels import triton_attention as attention
+from llmlab.kernels import triton_flat as few
 from llmlab.kernels import triton_moe as moe
 from llmlab.kernels import triton_quant as quant
 from llmlab.kernels import triton_rows as rows
 from llmlab.kernels import triton_sampling as sampling
 from llmlab.kernels.attention_plan import GridPlan, plan_capacity, plan_grid
 from llmlab.kernels.capability import Capability, Tile, decode_tile, kernel_table, power_of_two, prefill_tile
+from llmlab.kernels.dataflow import LIBRARY, Dataflow, DataflowTable
 from llmlab.kernels.dispatch import BaseKernels, ExpertsImpl, LinearImpl, TorchLinear
 from llmlab.kernels.layout import PLAN_FACTS, AttentionMetadata, AttentionState, KernelChoice
 from llmlab.kernels.quantized import QuantizedTensor, WidenedExperts
+from llmlab.kernels.softmax_schemes import UnifiedMax
 from llmlab.types import LabError
 
 FEW_ROWS = 8  # rows of a quantised product that are sums rather than matrix products
@@ -71,10 +75,40 @@ def plan_step(
 
 
 class TritonLinear(TorchLinear):
-    """cuBLAS, with the residual added in the product."""
+    """cuBLAS, with the residual added in the product; or, for few rows, what was measured to be faster."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, dataflow: Dataflow = LIBRARY) -> None:
+        super().__init__(weight, bias)
+        self._dataflow = dataflow
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.by(self._dataflow.pick(len(x)), x)
+
+    def by(self, kernel: str, x: Tensor) -> Tensor:
+        """The product by one of the kernels of `dataflow`."""
+        if kernel == "library" or not len(x):
+            return super().__call__(x)
+        return self._rows(x.contiguous()) if kernel == "rows" else self._flat(x.contiguous())
+
+    def _rows(self, x: Tensor) -> Tensor:
+        count = power_of_two(len(x))
+        padded = x if count == len(x) else F.pad(x, (0, 0, 0, count - len(x)))
+        y, block_n = x.new_empty(count, self.out_features), max(1, 16 // count)
+        few.row_linear[(-(-self.out_features // block_n),)](
+            padded, self.weight, x if self.bias is None else self.bias, y, self.out_features, self.in_features,
+            HAS_BIAS=self.bias is not None, ROWS=count, BLOCK_N=block_n, BLOCK_K=256, num_warps=4)  # fmt: skip
+        return y[: len(x)]
+
+    def _flat(self, x: Tensor) -> Tensor:
+        y, block_n = x.new_empty(len(x), self.out_features), 64 if self.out_features >= 8192 else 32
+        few.flat_linear[(-(-self.out_features // block_n),)](
+            x, self.weight, x if self.bias is None else self.bias, y, len(x), self.out_features, self.in_features,
+            HAS_BIAS=self.bias is not None, BLOCK_M=max(16, power_of_two(len(x))), BLOCK_N=block_n, BLOCK_K=128, num_warps=4,
+            num_stages=2)  # fmt: skip
+        return y
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        if self.bias is not None:
+        if self.bias is not None or self._dataflow.pick(len(x)) != "library":
             return residual + self(x)
         return torch.addmm(residual, x, self.weight.t())
 
@@ -182,14 +216,18 @@ class TritonKernels(BaseKernels):
 
     name = "triton"
 
-    def __init__(self, capability: Capability, dtype: torch.dtype = torch.float16) -> None:
-        self.capability, self._dtype = capability, dtype
+    def __init__(self, capability: Capability, dtype: torch.dtype = torch.float16, unified: UnifiedMax | None = None,
+                 dataflow: DataflowTable | None = None) -> None:  # fmt: skip
+        """`unified`: decoding rows are attended to around one maximum; `dataflow`: kernels of linear layers by rows, as
+        measured. Neither by default: nobody has measured what they gain."""
+        self.capability, self._dtype, self._unified, self._dataflow = capability, dtype, unified, dataflow or {}
+        self.repaired: Tensor | None = None  # units of the last attention that the one maximum did not suit, by program
 
     # -------------------------------------------------------------------------------- linear layers
     def linear(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> LinearImpl:
         if isinstance(weight, QuantizedTensor):
             return TritonQuantLinear(weight, bias, self.capability)
-        return TritonLinear(weight, bias)
+        return TritonLinear(weight, bias, self._dataflow.get((weight.shape[0], weight.shape[1]), LIBRARY))
 
     def experts(self, w_gate_up: Tensor | QuantizedTensor, w_down: Tensor | QuantizedTensor) -> ExpertsImpl:
         if isinstance(w_gate_up, QuantizedTensor) and isinstance(w_down, QuantizedTensor):
@@ -234,8 +272,11 @@ class TritonKernels(BaseKernels):
         q = q if q.stride()[1:] == (dim, 1) else q.contiguous()
         state = AttentionState(q.new_zeros(tokens, hq, dim), q.new_full((tokens, hq), float("-inf"), dtype=torch.float32))
         plans = self.plans(meta, heads, hq // heads, dim, sliding_window)
+        decode = decode_tile(self.capability, dim, hq // heads)
         for planned in plans.classes:
-            _attend(planned, state, q, k_cache, v_cache, meta, scale, sliding_window, softcap)
+            scheme = self._unified if planned.tile == decode else None
+            repaired = _attend(planned, state, q, k_cache, v_cache, meta, scale, sliding_window, softcap, scheme)
+            self.repaired = repaired if scheme is not None else self.repaired
         for row in plans.sdpa_rows:
             _sdpa_row(row, state, q, k_cache, v_cache, meta, scale, sliding_window, softcap)
         return state
@@ -397,21 +438,26 @@ def _lines_dense(cache: Tensor) -> bool:
 
 
 def _attend(planned: PlanOnDevice, state: AttentionState, q: Tensor, k_cache: Tensor, v_cache: Tensor,
-            meta: AttentionMetadata, scale: float, window: int | None, softcap: float | None) -> None:  # fmt: skip
+            meta: AttentionMetadata, scale: float, window: int | None, softcap: float | None, unified: UnifiedMax | None
+            ) -> Tensor:  # fmt: skip
+    """Returns how many units each program computed twice; without `unified`, nothing that was written."""
     (tokens, hq, dim), heads, tile = q.shape, k_cache.shape[1], planned.tile
     width, partials = power_of_two(dim), max(1, planned.partials)
     part_out = torch.empty(partials, hq, dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(partials, hq, dtype=torch.float32, device=q.device)
     sizes: dict[str, Any] = {"HEADS": heads, "GROUP": hq // heads, "D": dim, "D_PAD": width, "BLOCK_SIZE": k_cache.shape[2]}
+    repaired = planned.starts if unified is None else torch.empty_like(planned.starts[1:])
+    around = (0.0, 0.0, 0.0) if unified is None else (unified.phi / math.log(2), math.exp(unified.low), math.exp(unified.high))
     attention.attend[(len(planned.starts) - 1,)](
         q, k_cache, v_cache, meta.block_tables, meta.seq_lens, meta.cu_seqlens_q, planned.items, planned.queue, planned.starts,
-        state.out, state.lse, part_out, part_lse, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1),
-        v_cache.stride(0), v_cache.stride(1), meta.block_tables.stride(0), scale, softcap or 1.0, **sizes, WINDOW=window or 0,
+        state.out, state.lse, part_out, part_lse, repaired, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1),
+        v_cache.stride(0), v_cache.stride(1), meta.block_tables.stride(0), scale, softcap or 1.0, *around, **sizes, WINDOW=window or 0,
         CAUSAL=meta.mask == "causal", SOFTCAP=softcap is not None, TILE=planned.tokens, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        TENSOR_CORES=tile.tensor_cores, num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
+        TENSOR_CORES=tile.tensor_cores, UNIFIED=unified is not None, num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
     if planned.partials:
         attention.merge_partials[(tokens, hq)](part_out, part_lse, planned.merges, state.out, state.lse, HEADS_Q=hq, D=dim,
                                                D_PAD=width, num_warps=1)  # fmt: skip
+    return repaired
 
 
 def _sdpa_row(row: int, state: AttentionState, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata,

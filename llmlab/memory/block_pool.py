@@ -107,6 +107,13 @@ class BlockPool:
         self._depth[block] = depth
         return True
 
+    def forget(self, block: int) -> None:
+        """Make a findable block unfindable, because what it holds was lost."""
+        self._forget(block)
+        if block in self._idle:
+            del self._idle[block]
+            self._blank.append(block)
+
     def lookup(self, block_hash: bytes) -> int | None:
         return self.by_hash.get(block_hash)
 

@@ -245,6 +245,14 @@ class KVManager:
                 self._log.emit(ev.BlockCached, seq.id, block_id=table.block_ids[index], hash=hashes[index].hex())
         table.num_findable = full
 
+    def forget_cached(self, cause: int) -> None:
+        """The device lost its memory: no block can be found by its content any more."""
+        for block_hash, block in list(self.pool.by_hash.items()):
+            self.pool.forget(block)
+            if self._hashed:
+                self._toggle_cached(block, block_hash)
+                self._log.emit(ev.BlockEvicted, None, cause, block_id=block, hash=block_hash.hex())
+
     # ------------------------------------------------------------------------------- leaving
     def release(self, seq: Sequence, cause: int, until_step: int | None = None) -> None:
         """Give up all memory of `seq`. `until_step`: a step in flight may still write there."""

@@ -8,7 +8,7 @@ from llmlab.decoding.speculative import accepted_path, depths
 from llmlab.events import catalog as ev
 from llmlab.scheduling.core import FINISHED, Core, InFlight, Update
 from llmlab.scheduling.seamcalls import checked_commit
-from llmlab.types import Commit, ItemResult, Sequence, StepResult, WorkItem, total_tokens
+from llmlab.types import DEVICE_MEMORY, Commit, ItemResult, Sequence, Status, StepResult, WorkItem, total_tokens
 
 ACCEPTANCE_WEIGHT = 0.2  # of the newest verification in a request's moving average
 
@@ -22,10 +22,7 @@ class Collecting(Core):
         plan = self.plan_seq.pop(result.step, -1)
         self.log.step = result.step
         self.spans.record(result.spans, plan)
-        updates = []
-        for resource in result.lost:
-            self.log.emit(ev.ResourceLost, None, plan, resource=resource)
-            self._viewer.cpu = self._viewer.cpu and resource != "cpu"
+        updates = self._lose(result, plan) if result.lost else []
         for flight, item_result in zip(flights, result.results, strict=True):
             update = self._commit_item(flight, item_result, plan)
             if update is not None:
@@ -33,6 +30,39 @@ class Collecting(Core):
         self.memory.collected(result.step)
         self._close(result, plan, total_tokens([flight.item for flight in flights]))
         return updates
+
+    def _lose(self, result: StepResult, plan: int) -> list[Update]:
+        """What died with a step, and what becomes of requests before its rows are looked at."""
+        updates: list[Update] = []
+        for resource in result.lost:
+            cause = self.log.emit(ev.ResourceLost, None, plan, resource=resource, why=result.why)
+            if resource == "cpu":
+                self._viewer.cpu = False
+            elif resource == DEVICE_MEMORY:
+                self._begin_anew(cause)
+            else:
+                updates += [self._end_with(seq, result.why, cause) for seq in list(self.sequences.values())]
+        return updates
+
+    def _begin_anew(self, cause: int) -> None:
+        """Nobody has KV any more: whoever had some goes back to the queue and is computed again."""
+        for seq in list(self.running.values()):
+            self._forget_drafts(seq, cause)
+            self._journal.preempted(seq, "recompute", None, cause)
+            self._drop_kv(seq)
+            self._begin_life(seq)
+            self._stop_running(seq)
+            self._enqueue(seq, seq.request.arrival)  # an instant that a replay knows, too
+        for seq in [seq for seq in self.waiting if seq.status is Status.SWAPPED]:
+            self._journal.preempted(seq, "recompute", None, cause)
+            self._drop_kv(seq)
+            self._begin_life(seq)
+        self.memory.forget_cached(cause)
+
+    def _end_with(self, seq: Sequence, why: str, cause: int) -> Update:
+        seq.cause = cause
+        self._finish(seq, "error", why)
+        return Update(seq.id, (), ItemResult(seq.id, error=why), "error")
 
     def _close(self, result: StepResult, plan: int, num_tokens: int) -> None:
         foldable = self.log.wants(ev.StepPlanned)  # without plans in the log nobody can check the hash
@@ -45,6 +75,8 @@ class Collecting(Core):
         seq.num_pending -= item.emit == "sample"
         if seq.status is FINISHED:
             return None
+        if flight.epoch != seq.epoch and not result.token_ids and result.error is None:
+            return None  # its KV is gone, and nothing came of the step
         self.hash.touch(seq)
         seq.cause = plan if plan >= 0 else seq.cause
         if result.error is not None:

@@ -146,6 +146,20 @@ class Core:
         del self.running[seq.id]
         self._short.pop(seq.id, None)
 
+    def _drop_kv(self, victim: Sequence) -> None:
+        """Give up all memory of a request; it will be computed again."""
+        self.memory.release(victim, victim.cause, self._inflight_step(victim))
+        self.log.emit(ev.KVDropped, victim.id, victim.cause, num_tokens=victim.num_computed_tokens)
+        victim.status, victim.num_computed_tokens = Status.PREEMPTED, 0
+
+    def _begin_life(self, victim: Sequence) -> None:
+        """What steps in flight still bring for its KV is nobody's."""
+        victim.home, victim.cursor = "device", 0
+        victim.epoch += 1
+        victim.num_preemptions += 1
+        victim.waiting_reason, victim.logged_wait = "", ""
+        self.hash.touch(victim)
+
     def _inflight_step(self, seq: Sequence) -> int | None:
         return seq.inflight_step if seq.inflight_step in self.inflight else None
 

@@ -171,7 +171,7 @@ class Journal:
                             for o in options if o.mode != mode), *self.considered.take()),
         )  # fmt: skip
 
-    def preempted(self, victim: Sequence, mode: str, beneficiary: str, cause: int) -> None:
+    def preempted(self, victim: Sequence, mode: str, beneficiary: str | None, cause: int) -> None:
         tokens = 0 if mode == "swap" else victim.num_computed_tokens
         victim.cause = self.log.emit(ev.RequestPreempted, victim.id, cause, mode=mode, tokens_lost=tokens,
                                      beneficiary=beneficiary, num_blocks=self._memory.num_blocks_of(victim.id))  # fmt: skip
@@ -221,7 +221,7 @@ class Journal:
         self.log.emit(
             ev.StepFinished, cause=plan, plan=plan, results=result.results, measured=result.durations,
             state_hash=state_hash, blocks_hash=self._memory.blocks_hash, num_tokens=num_tokens, num_running=num_running,
-            num_waiting=num_waiting, used_blocks=self._memory.num_used, lost=result.lost,
+            num_waiting=num_waiting, used_blocks=self._memory.num_used, lost=result.lost, lost_why=result.why,
         )  # fmt: skip
 
 

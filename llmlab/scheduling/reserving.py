@@ -77,20 +77,14 @@ class Reserving(Core):
     def _preempt(self, view: EngineView, victim: Sequence, needy: Sequence, cause: int) -> None:
         self._forget_drafts(victim, cause)
         mode = self._choose_tier(view, victim, cause)
-        until = self._inflight_step(victim)
         self._journal.preempted(victim, mode, needy.id, cause)
         if mode == "swap":
-            moved = self.memory.swap_out(victim, victim.cause, until)
+            moved = self.memory.swap_out(victim, victim.cause, self._inflight_step(victim))
             self._journal.moved(victim, moved, "device", "host")
             victim.status = Status.SWAPPED
         else:
-            self.memory.release(victim, victim.cause, until)
-            self.log.emit(ev.KVDropped, victim.id, victim.cause, num_tokens=victim.num_computed_tokens)
-            victim.status, victim.num_computed_tokens = Status.PREEMPTED, 0
-        victim.home, victim.cursor = "device", 0
-        victim.epoch += 1
-        victim.num_preemptions += 1
-        victim.waiting_reason, victim.logged_wait = "", ""
+            self._drop_kv(victim)
+        self._begin_life(victim)
         self._stop_running(victim)
         self._enqueue(victim, view.now)
 

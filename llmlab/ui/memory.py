@@ -133,7 +133,7 @@ def _preemptions(run: Run, frame: Frame, c: Roles) -> list[Any]:
     """A dashed line with a cross on top for each preemption."""
     import altair as alt
 
-    rows = [{"t0": e.t * frame.unit.per_second, "who": e.request, "for": e.beneficiary}
+    rows = [{"t0": e.t * frame.unit.per_second, "who": e.request, "for": e.beneficiary or "nobody: the device lost its memory"}
             for e in run.events("RequestPreempted") if frame.start <= e.t <= frame.end]  # fmt: skip
     if not rows:
         return []

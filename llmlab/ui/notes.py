@@ -10,6 +10,7 @@ from llmlab.events.why import count
 
 MAX_TEXT = 240  # characters of one sentence
 MAX_OPTIONS = 6
+LOST = {"device memory": "all requests begin anew", "device": "all requests end"}
 
 
 class Option(NamedTuple):
@@ -121,14 +122,14 @@ def _said(event: ev.Event) -> Sequence[str] | None:
     """(kind, sentence) of an event that is no decision; None if it is not worth one."""
     if isinstance(event, ev.RequestPreempted):
         lost = f"{count(event.tokens_lost, 'token')} to compute again" if event.mode == "recompute" else f"{count(event.num_blocks, 'block')} moved to the host"
-        for_whom = "for itself" if event.beneficiary == event.request else f"for {event.beneficiary}" if event.beneficiary else "to make room"
+        for_whom = "for itself" if event.beneficiary == event.request else f"for {event.beneficiary}" if event.beneficiary else "with the device"
         return "preempt", f"preempted {for_whom}: {lost}"
     if isinstance(event, ev.RequestResumed):
         return "resume", f"back on the device with {count(event.num_tokens, 'token')}"
     if isinstance(event, ev.RequestRehomed):
         return "move", f"{count(event.num_blocks, 'block')} of KV go to the {event.home}; it goes on there"
     if isinstance(event, ev.ResourceLost):
-        return "failed", f"{event.resource} is lost; others compute what it was given"
+        return "failed", f"{event.resource} lost: {LOST.get(event.resource, 'others compute what it was given')}" + (f" ({event.why})" if event.why else "")
     if isinstance(event, ev.RequestFinished):
         tokens = count(event.num_output_tokens, "token")
         return "finish", f"{tokens}, {event.reason}" + (f": {event.detail}" if event.detail else "")

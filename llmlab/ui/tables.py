@@ -238,7 +238,7 @@ def _preemption(run: Run, event: ev.RequestPreempted, tiering: ev.Decision | Non
     redo = f" ({_cost(victim.predicted)})" if victim is not None and victim.predicted is not None else ""
     lost = f"{count(event.tokens_lost, 'token')} dropped" if event.mode == "recompute" else f"{count(event.num_blocks, 'block')} to the host"
     chosen = f" ({_cost(tiering.predicted)})" if tiering is not None and tiering.predicted is not None else ""
-    favoured = "itself: it asked for the blocks" if event.beneficiary == event.request else _text(event.beneficiary)
+    favoured = "itself: it asked for the blocks" if event.beneficiary == event.request else _text(event.beneficiary or "nobody: the device lost its memory")
     return [seconds(event.t), f"<b>{_text(event.request)}</b>{redo}", favoured, _options(victim),
             f"{event.mode}{chosen}<br><small>{lost}</small>", _options(tiering)]  # fmt: skip
 

@@ -168,7 +168,7 @@ def _preemptions(rows: Rows, unit: Unit, c: Roles, labels: bool = True) -> list[
     import altair as alt
 
     events = [e for e in rows.run.events("RequestPreempted") if e.request in rows.names]
-    points = [{"request": e.request, "t0": e.t * unit.per_second, "mode": e.mode, "for": e.beneficiary,
+    points = [{"request": e.request, "t0": e.t * unit.per_second, "mode": e.mode, "for": e.beneficiary or "nobody",
                "lost": e.tokens_lost} for e in events]  # fmt: skip
     if not points:
         return []

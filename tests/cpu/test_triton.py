@@ -35,8 +35,11 @@ def test_every_kernel_compiles_and_fits(card: str) -> None:
     built = compiled(capability)
     assert {b.kernel for b in built} >= {
         "attend", "merge_partials", "norm_rows", "gate_rows", "rope_store", "copy_pool_blocks", "grouped_linear", "combine_pairs",
-        "argmax_rows", "draw_rows", "quant_gemv", "quant_gemm" if capability.tensor_cores else "widen",
+        "argmax_rows", "draw_rows", "quant_gemv", "quant_gemm" if capability.tensor_cores else "widen", "row_linear",
     }  # fmt: skip
+    assert ("flat_linear" in {b.kernel for b in built}) == capability.tensor_cores
+    assert all(b.tensor_cores for b in built if b.kernel == "flat_linear")
+    assert {b.sizes["UNIFIED"] for b in built if b.kernel == "attend"} == {False, True}
     assert max(b.shared for b in built) <= capability.shared_kib * 1024
     assert [b for b in built if b.spilled] == []
     assert any(b.tensor_cores for b in built if b.kernel == "attend") == capability.tensor_cores

@@ -5,17 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernels_util import Case, build, expected
+from kernels_util import Built, Case, build, expected
 from torch import Tensor
 
 from llmlab.execution.decode_graph import DecodeGraphs, DecodeRow
 from llmlab.execution.device_line import HostLine
 from llmlab.kernels import reference
 from llmlab.kernels.capability import Capability, capability_of
+from llmlab.kernels.dataflow import Dataflow
 from llmlab.kernels.dispatch import TorchKernels
-from llmlab.kernels.layout import AttentionMetadata
+from llmlab.kernels.layout import AttentionMetadata, AttentionState
 from llmlab.kernels.quantized import QuantSpec, quantize_tensor
-from llmlab.kernels.triton_kernels import TritonKernels, sort_pairs
+from llmlab.kernels.softmax_schemes import UnifiedMax, calibrate
+from llmlab.kernels.triton_kernels import TritonKernels, TritonLinear, sort_pairs
 from llmlab.models.loader import load_model
 
 SMALL = {name: capability_of(name)._replace(units=3) for name in ("t4", "h100")}  # few programs: rows are divided
@@ -65,6 +67,48 @@ def test_a_divided_row_is_merged_and_really_was_divided(kernels: TritonKernels) 
     built = build(CASES["decoding"])
     plans = kernels.plans(built.meta, 2, 2, 32, None)
     assert plans.classes[0].partials >= 2 and int(plans.classes[0].merges[:, 2].max()) >= 2
+
+
+# ------------------------------------------------------------------- one maximum for all scores
+def _around_one(card: Capability, built: Built, phi: float | None = None) -> tuple[TritonKernels, AttentionState]:
+    """Decoding around one maximum: as calibrated on these rows, or around `phi`."""
+    scheme = calibrate(expected(built)[1], "float32").scheme if phi is None else UnifiedMax(phi, -40.0, 60.0)
+    kernels = TritonKernels(card, unified=scheme)
+    return kernels, kernels.paged_attention(*built.arguments())
+
+
+@pytest.mark.parametrize("name", ["decoding", "decoding, blocks of 32", "odd group, odd head", "window", "cap"])
+def test_decoding_around_one_maximum_is_the_same_attention(name: str, card: Capability) -> None:
+    built = build(CASES[name])
+    kernels, state = _around_one(card, built)
+    out, lse = expected(built)
+    np.testing.assert_allclose(state.out.numpy(), out, atol=5e-6)
+    known = ~torch.isnan(state.lse).numpy()
+    np.testing.assert_allclose(state.lse.numpy()[known], lse[known], atol=5e-6, rtol=2e-6)
+    assert kernels.repaired is not None and int(kernels.repaired.sum()) == 0
+
+
+@pytest.mark.parametrize("phi", [-200.0, 200.0])
+def test_a_maximum_that_does_not_suit_is_noticed_and_every_unit_computed_again(phi: float, card: Capability) -> None:
+    built = build(CASES["decoding"])
+    kernels, state = _around_one(card, built, phi)
+    np.testing.assert_allclose(state.out.numpy(), expected(built)[0], atol=5e-6)
+    plan = kernels.plans(built.meta, 2, 2, 32, None).classes[0]
+    assert kernels.repaired is not None and int(kernels.repaired.sum()) == len(plan.queue) > 3
+
+
+def test_only_the_rows_that_overflow_are_computed_again(card: Capability) -> None:
+    """Queries 30 times as large leave the band that the others were calibrated on."""
+    built = build(CASES["decoding, blocks of 32"])
+    scheme = calibrate(expected(built)[1], "float16").scheme
+    built.q[0] *= 30
+    kernels = TritonKernels(card, unified=scheme)
+    state = kernels.paged_attention(*built.arguments())
+    np.testing.assert_allclose(state.out.numpy(), expected(built)[0], atol=2e-5)
+    plan = kernels.plans(built.meta, built.k_cache.shape[1], 4, 64, None).classes[0]
+    repaired = int(kernels.repaired.sum()) if kernels.repaired is not None else 0
+    rows = plan.items[(plan.queue // built.k_cache.shape[1]).long(), 0]
+    assert 0 < repaired <= int((rows == 0).sum()) < len(plan.queue)
 
 
 # The interpreter multiplies bfloat16 matrices as if they were integers, so only sums in registers are tested in it.
@@ -163,6 +207,26 @@ def test_quantised_linear(spec: QuantSpec, rows: int, card: Capability) -> None:
     narrow = quantize_tensor(weight, spec)
     have = TritonKernels(card).linear(narrow, bias)(x)
     torch.testing.assert_close(have, x @ narrow.dequantize().T + bias, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "rows"), [("rows", 1), ("rows", 3), ("rows", 16), ("flat", 1), ("flat", 9), ("flat", 40)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_of_few_rows(kernel: str, rows: int, biased: bool) -> None:
+    weight, bias, x = torch.randn(70, 300), torch.randn(70) if biased else None, torch.randn(rows, 300)
+    have = TritonLinear(weight, bias).by(kernel, x)
+    torch.testing.assert_close(have, torch.nn.functional.linear(x, weight, bias), atol=5e-5, rtol=1e-5)
+
+
+def test_a_layer_takes_the_kernel_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, asked = torch.randn(70, 48), []
+    by = TritonLinear.by
+    monkeypatch.setattr(TritonLinear, "by", lambda self, kernel, x: asked.append(kernel) or by(self, kernel, x))
+    linear = TritonKernels(SMALL["h100"], dataflow={(70, 48): Dataflow(2, 8)}).linear(weight)
+    for rows in (1, 4, 8):
+        x, residual = torch.randn(rows, 48), torch.randn(rows, 70)
+        torch.testing.assert_close(linear(x), x @ weight.T, atol=5e-5, rtol=1e-5)
+        torch.testing.assert_close(TritonKernels(SMALL["h100"]).linear_add(x, linear, residual), residual + x @ weight.T, atol=5e-5, rtol=1e-5)
+    assert asked == ["rows", "rows", "flat", "flat", "library"]  # with the library the residual is part of the product
 
 
 # ----------------------------------------------------------------------------------------- sampling
