@@ -17,7 +17,8 @@ def norm_rows(x, residual, weight, out, total, eps, offset, K: tl.constexpr, K_P
     i = tl.arange(0, K_PAD)
     value = tl.load(x + row * K + i, mask=i < K, other=0.0)
     if ADD:
-        value += tl.load(residual + row * K + i, mask=i < K, other=0.0)
+        other = tl.load(residual + row * K + i, mask=i < K, other=0.0)
+        value = (value.to(tl.float32) + other.to(tl.float32)).to(value.dtype)  # rounded once, as a sum of the format is
         tl.store(total + row * K + i, value, mask=i < K)
     wide = value.to(tl.float32)
     factor = tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)

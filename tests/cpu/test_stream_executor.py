@@ -83,6 +83,20 @@ def test_the_compiled_kernels_run_in_graphs_too(directory: Path) -> None:
     assert have == answers(directory, SAMPLING["greedy"], kernels="torch", overlap_depth=1)[0]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kernels", ["torch", "numba"])
+def test_half_precision_from_prompt_to_tokens(directory: Path, dtype: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, activations and KV in the formats of GPUs, swaps among them."""
+    fields: dict[str, Any] = {"dtype": dtype, "kernels": kernels, "num_blocks": 16, "tiering": "swap"}
+    plain, engine = answers(directory, SAMPLING["greedy"], **fields)
+    assert engine.executor.describe()["dtype"] == dtype
+    monkeypatch.setattr(assembly, "device_line", lambda loaded: HostLine(loaded.device))
+    have, engine = answers(directory, SAMPLING["greedy"], overlap_depth=1, **fields)
+    assert isinstance(engine.executor, StreamExecutor) and engine.executor.graphs.recorded
+    assert engine.executor.cache.layers[0][0].dtype == getattr(torch, dtype)
+    assert have == plain
+
+
 @pytest.mark.usefixtures("streamed")
 def test_one_poisoned_request_fails_alone(tmp_path: Path) -> None:
     write_model(tmp_path, poisoned=True)

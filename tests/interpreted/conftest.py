@@ -24,7 +24,24 @@ def _patched(original):
     return patch
 
 
+def _widening(original):
+    """The interpreter keeps bfloat16 as 16-bit integers, and multiplies matrices of them as integers. A product of two
+    bfloat16 numbers is exact in float32, and tensor cores add in float32: so that is what is multiplied."""
+
+    def wide(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def create_dot(self, a, b, d, *more):
+        return original(self, wide(a), wide(b), d, *more)
+
+    return create_dot
+
+
 if not collect_ignore_glob:
+    import triton.language as tl
     from triton.runtime import interpreter
 
     interpreter._patch_lang_tensor = _patched(interpreter._patch_lang_tensor)
+    interpreter.InterpreterBuilder.create_dot = _widening(interpreter.InterpreterBuilder.create_dot)

@@ -69,6 +69,41 @@ def test_a_divided_row_is_merged_and_really_was_divided(kernels: TritonKernels) 
     assert plans.classes[0].partials >= 2 and int(plans.classes[0].merges[:, 2].max()) >= 2
 
 
+@pytest.mark.parametrize("name", ["decoding", "chunks and prompts", "window", "cap", "head of 96"])
+@pytest.mark.parametrize("unified", [False, True])
+def test_attention_in_bfloat16(name: str, unified: bool) -> None:
+    """Keys, values and weights of the softmax in bfloat16, sums in float32, as on tensor cores."""
+    built = build(CASES[name], torch.bfloat16)
+    q, *rest = built.arguments()
+    out, lse = expected(built)
+    scheme = calibrate(lse, "bfloat16").scheme if unified else None
+    state = TritonKernels(SMALL["h100"], torch.bfloat16, scheme).paged_attention(q.to(torch.bfloat16), *rest)
+    assert state.out.dtype is torch.bfloat16
+    np.testing.assert_allclose(state.out.float().numpy(), out, atol=2.5e-2, rtol=1.5e-2)  # steps of the format: 2 ** -8
+
+
+def test_products_and_rows_in_bfloat16(kernels: TritonKernels) -> None:
+    def near(have: Tensor, want: Tensor, atol: float = 0.03) -> None:
+        assert have.dtype is torch.bfloat16
+        torch.testing.assert_close(have.float(), want.float(), atol=atol, rtol=0.02)
+
+    weight, x, residual = (torch.randn(size).bfloat16() for size in ((70, 128), (20, 128), (20, 128)))
+    for kernel in ("rows", "flat"):
+        near(TritonLinear(weight / 12).by(kernel, x[:9]), x[:9].float() @ (weight / 12).float().T)
+    for spec in (QuantSpec(8), QuantSpec(4, 32, symmetric=False)):
+        narrow = quantize_tensor(weight / 12, spec)
+        for rows in (2, 20):
+            near(kernels.linear(narrow)(x[:rows]), x[:rows].float() @ narrow.dequantize().float().T)
+    gate_up, down = torch.randn(5, 160, 128).bfloat16() / 12, torch.randn(5, 128, 80).bfloat16() / 9
+    logits = torch.randn(20, 5)
+    want = reference.moe(x.float(), logits, gate_up.float(), down.float(), 2, True)
+    near(kernels.experts(gate_up, down)(x, logits.bfloat16().float(), 2, True), want, 0.1)
+    norm = torch.randn(128).bfloat16()
+    for have, wanted in zip(kernels.add_rms_norm(x, residual, norm, 1e-5), reference.add_rms_norm(x.float(), residual.float(), norm.float(), 1e-5)):
+        near(have, wanted)
+    near(kernels.gated_act(x, "silu"), reference.gated_act(x.float(), "silu"))
+
+
 # ------------------------------------------------------------------- one maximum for all scores
 def _around_one(card: Capability, built: Built, phi: float | None = None) -> tuple[TritonKernels, AttentionState]:
     """Decoding around one maximum: as calibrated on these rows, or around `phi`."""
@@ -111,8 +146,7 @@ def test_only_the_rows_that_overflow_are_computed_again(card: Capability) -> Non
     assert 0 < repaired <= int((rows == 0).sum()) < len(plan.queue)
 
 
-# The interpreter multiplies bfloat16 matrices as if they were integers, so only sums in registers are tested in it.
-@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "t4"), (torch.float16, "h100"), (torch.bfloat16, "t4")])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "t4"), (torch.float16, "h100"), (torch.bfloat16, "h100")])
 def test_attention_in_half_precision(dtype: torch.dtype, name: str) -> None:
     built = build(Case(rows=((1, 90), (20, 10)), dim=64, block_size=16), dtype)
     q, *rest = built.arguments()
@@ -263,15 +297,17 @@ def test_draws_are_those_of_the_reference(kernels: TritonKernels, seed: int) -> 
 
 
 # ------------------------------------------------------------------------------------- a whole model
-def test_a_model_prefills_and_decodes_in_a_graph_as_with_the_reference() -> None:
+@pytest.mark.parametrize(("dtype", "cards"), [(torch.float32, ("h100", "t4")), (torch.bfloat16, ("h100",))])
+def test_a_model_prefills_and_decodes_in_a_graph_as_with_the_reference(dtype: torch.dtype, cards: tuple[str, ...]) -> None:
     """The plan of the second step lies where that of the first lay, as a recorded graph needs it."""
     prompts, tables = ([5, 6, 7, 8] * 5, [9, 3, 4]), [[0, 3], [1]]
+    near = {"atol": 2e-4, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 0.06, "rtol": 0.03}
     seen = []
-    for kernels in (TorchKernels(), TritonKernels(SMALL["h100"]), TritonKernels(SMALL["t4"])):
-        loaded = load_model("lab-xs", "float32", kernels=kernels, random_weights=True)
+    for kernels in (TorchKernels(), *(TritonKernels(SMALL[card], dtype) for card in cards)):
+        loaded = load_model("lab-xs", str(dtype).removeprefix("torch."), kernels=kernels, random_weights=True)
         shape, line = loaded.shape, HostLine()
         size = (6, shape.num_kv_heads, 16, shape.head_dim)
-        caches = [(torch.zeros(size), torch.zeros(size)) for _ in range(shape.num_layers)]
+        caches = [(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)) for _ in range(shape.num_layers)]
         lens = [len(p) for p in prompts]
         meta = AttentionMetadata.build(lens, lens, tables, 16)
         positions = torch.cat([torch.arange(n) for n in lens])
@@ -289,7 +325,7 @@ def test_a_model_prefills_and_decodes_in_a_graph_as_with_the_reference() -> None
         assert graphs.recorded == [(2, False)]
         seen.append((logits[0], steps, caches))
     for logits_, steps, caches in seen[1:]:
-        torch.testing.assert_close(logits_, seen[0][0], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(logits_, seen[0][0], **near)
         assert steps == seen[0][1]
         for pair, want in zip(caches, seen[0][2]):
-            torch.testing.assert_close(pair[0], want[0], atol=2e-4, rtol=1e-4)
+            torch.testing.assert_close(pair[0], want[0], **near)
