@@ -60,6 +60,12 @@ class GhostExecutor:
                 self._sample(row)
         return self._inner.submit(batch)
 
+    def wipe(self) -> None:
+        """Everything that lay in KV slots is gone."""
+        for pool in (self._device, self._host):
+            pool[:] = [[EMPTY] * self._size for _ in pool]
+        self._halfway.clear()
+
     def describe(self) -> dict[str, Any]:
         return self._inner.describe()
 

@@ -7,7 +7,7 @@ got alone, and the pool is empty again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -19,8 +19,9 @@ from llmlab.assembly import REGISTRIES
 from llmlab.decoding.draft_lengths import DRAFT_POLICIES
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
+from llmlab.execution.base import StepBatch
 from llmlab.speculating import Simulated
-from llmlab.types import RequestError, SamplingParams
+from llmlab.types import DEVICE_MEMORY, ItemResult, RequestError, SamplingParams, StepResult
 
 SEAMS = ("ordering", "admission", "composer", "victim", "placement", "eviction", "tiering")
 MAX_REQUESTS = 12
@@ -56,6 +57,36 @@ def params(draw: st.DrawFn) -> SamplingParams:
     )  # fmt: skip
 
 
+class Mortal:
+    """An executor whose device loses its memory when it is told to. What is planned before the engine knows comes to nothing."""
+
+    mode = "simulated"
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.doomed, self.unknown = inner, False, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def submit(self, batch: StepBatch) -> Any:
+        if not self.doomed and not self.unknown:
+            return self.inner.submit(batch)
+        lost, self.doomed, self.unknown = self.doomed, False, True
+        if lost:
+            self.inner.wipe()
+        nothing = tuple(ItemResult(row.item.request) for row in batch.rows)
+        return Told(self, StepResult(batch.plan.step, nothing, lost=(DEVICE_MEMORY,) * lost, why="a fault" * lost))
+
+
+class Told(NamedTuple):
+    mortal: Mortal
+    value: StepResult
+
+    def result(self) -> StepResult:
+        self.mortal.unknown &= not self.value.lost
+        return self.value
+
+
 class Core(RuleBasedStateMachine):
     engine: Engine
 
@@ -63,9 +94,10 @@ class Core(RuleBasedStateMachine):
     def start(self, fields: dict[str, Any], cruel: bool, restless: bool) -> None:
         fields = {**fields, **({"composer": WaitingFirst(), "admission": "optimistic"} if cruel else {})}
         self.engine = sim_engine(**{**fields, **({"placement": Restless()} if restless else {})})
+        self.engine.executor = self.mortal = Mortal(self.engine.executor)
         self.watch = Watch(self.engine)
         self.names: list[str] = []
-        self.work = 0
+        self.work = self.repeats = 0
 
     @precondition(lambda self: len(self.names) < MAX_REQUESTS)
     @rule(family=st.integers(0, 2), shared=st.integers(0, 40), own=st.integers(0, 3), sampling=params(),
@@ -90,6 +122,13 @@ class Core(RuleBasedStateMachine):
     def abort(self, which: int) -> None:
         self.engine.abort(self.names[which % len(self.names)])
 
+    @precondition(lambda self: self.names)
+    @rule()
+    def lose(self) -> None:
+        """The next step finds the device without its memory: everybody begins anew."""
+        self.mortal.doomed = True
+        self.repeats += 1  # all work is done again
+
     @rule(turns=st.integers(1, 8))
     def step(self, turns: int) -> None:
         for _ in range(turns):
@@ -104,7 +143,7 @@ class Core(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "watch"):
             return
-        run_to_end(self.engine, 50 + 10 * self.work, self.watch)
+        run_to_end(self.engine, 50 + 10 * self.work * (1 + self.repeats), self.watch)
         memory = self.engine.scheduler.memory
         assert (memory.pool.num_free, memory.num_quarantined) == (memory.pool.num_blocks, 0)
         assert memory.host.num_free == memory.host.num_blocks
