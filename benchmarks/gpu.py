@@ -1,6 +1,6 @@
 """What llmlab reaches on the GPU at hand: bandwidth, products, decoding, prefilling, time to first token, beside transformers.
 
-    python benchmarks/gpu.py [--model llama-3.1-8b] [--batches 1 8 32 64 128 256] [--parts machine decode prefill ttft peers] [--json FILE]
+    python benchmarks/gpu.py [--model llama-3.1-8b] [--batches 1 8 32 64 128 256] [--parts machine dataflow decode prefill ttft peers] [--json FILE]
 
     python benchmarks/gpu.py --rehearse     the same script on the CPU, small: to test the script, not to measure anything
 
@@ -33,12 +33,14 @@ from rich.progress import Progress
 
 from llmlab import Engine, LabError, SamplingParams
 from llmlab.execution.device_line import CudaLine, DeviceLine, HostLine
-from llmlab.kernels.dispatch import device_capability, why_no_cuda
+from llmlab.kernels.dataflow import inflections, measured
+from llmlab.kernels.dispatch import TorchLinear, device_capability, why_no_cuda
+from llmlab.models.loader import shape_of
 from roofline.memory import weight_bytes
 from roofline.precision import Precision
 
 NO_GPU = 3  # exit code
-PARTS = ("machine", "decode", "prefill", "ttft", "peers")
+PARTS = ("machine", "dataflow", "decode", "prefill", "ttft", "peers")
 MEMORY = (torch.OutOfMemoryError, MemoryError, LabError)  # a row that does not fit; the next one may
 
 Row = dict[str, Any]
@@ -268,6 +270,36 @@ def ttft_row(bench: Bench, rate: float) -> Row:
     return {"p50 TTFT ms": float(np.percentile(waited, 50)) * 1e3, "p99 TTFT ms": float(np.percentile(waited, 99)) * 1e3}
 
 
+def dataflow(bench: Bench) -> list[Case]:
+    """Microseconds of a linear layer by kernel and rows, for the four shapes of weights of the model, and the bounds that follow."""
+    shape = shape_of(bench.options.model)
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    sizes = {"qkv": (heads, shape.hidden_size), "output": (shape.hidden_size, shape.num_heads * shape.head_dim),
+             "gate_up": (2 * shape.intermediate_size, shape.hidden_size), "down": (shape.hidden_size, shape.intermediate_size)}  # fmt: skip
+    return [Case({"layer": name, "weights": f"{size[0]} x {size[1]}"}, lambda size=size: dataflow_row(bench, size))  # type: ignore[misc]
+            for name, size in sizes.items()]  # fmt: skip
+
+
+def dataflow_row(bench: Bench, size: tuple[int, int]) -> Row:
+    weight = torch.randn(size, device=bench.line.device).to(bench.dtype) / size[1] ** 0.5
+    linear: Any = TorchLinear(weight)
+    kernels: tuple[str, ...] = ("library",)
+    if bench.device == "cuda":
+        from llmlab.kernels.triton_kernels import TritonLinear
+
+        linear = TritonLinear(weight)
+        kernels = ("rows", "flat", "library") if device_capability("cuda").tensor_cores else ("rows", "library")
+
+    def call(kernel: str, rows: int) -> Callable[[], object]:
+        x = torch.randn(rows, size[1], device=bench.line.device).to(bench.dtype)
+        return (lambda: linear.by(kernel, x)) if len(kernels) > 1 else lambda: linear(x)
+
+    seconds = measured(call, lambda work: timed(bench.line, work), kernels)
+    bounds = inflections(seconds)
+    times = {f"{kernel} us": ", ".join(f"{rows}: {s * 1e6:.0f}" for rows, s in by.items()) for kernel, by in seconds.items()}
+    return {**times, "flat from": bounds.flat_from, "library from": bounds.library_from}
+
+
 def ragged(bench: Bench) -> list[Case]:
     """Ragged requests (1/8 to 1 context asked, 1/16 to 1/4 answered), all at once: useful tokens per second."""
     return [Case({"engine": "llmlab"}, lambda: ragged_row(bench))]
@@ -297,8 +329,6 @@ class Peer:
     """The same shape in transformers, its random weights made when first needed."""
 
     def __init__(self, bench: Bench) -> None:
-        from llmlab.models.loader import shape_of
-
         self.bench, self.shape, self._model = bench, shape_of(bench.options.model), None
         self.vocab = self.shape.vocab_size
 
@@ -467,7 +497,7 @@ def measure(options: argparse.Namespace, line: DeviceLine, found: dict[str, Any]
     with Progress(console=Console(stderr=True), transient=True, redirect_stdout=terminal, redirect_stderr=terminal) as progress:
         bench = Bench(options, line, dtype, found, progress)
         bench.run("machine", machine(bench))
-        for part, cases in (("decode", decode), ("prefill", prefill), ("ttft", ttft)):
+        for part, cases in (("dataflow", dataflow), ("decode", decode), ("prefill", prefill), ("ttft", ttft)):
             if part in options.parts:
                 bench.run(part, cases(bench))
         if "peers" in options.parts:

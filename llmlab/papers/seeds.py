@@ -31,7 +31,7 @@ SEEDS = (
     Seed("del_split", "Differentially Private and Communication Efficient LLM Split Inference via Stochastic Quantization and Soft Prompt (DEL)", "J E F", "not yet"),
     Seed("energy_to_token", "Position: LLM Inference Should Be Evaluated as Energy-to-Token Production", "I G", "parts stand"),
     Seed("engines_survey", "A Survey on Inference Engines for LLMs: Perspectives on Optimization and Efficiency", "I A B C D E F", "parts stand"),
-    Seed("flashdecoding_pp", "FlashDecoding++: Faster LLM Inference with Asynchronization, Flat GEMM Optimization, and Heuristics", "F", "not yet"),
+    Seed("flashdecoding_pp", "FlashDecoding++: Faster LLM Inference with Asynchronization, Flat GEMM Optimization, and Heuristics", "F", "parts stand"),
     Seed("flashinfer", "FlashInfer: Efficient and Customizable Attention Engine for LLM Inference Serving", "F B D", "parts stand"),
     Seed("ftp", "FTP: A Fine-grained Token-wise Pruner for LLMs via Token Routing", "F D B", "not yet"),
     Seed("hex_dllm", "HEX: Test-Time Scaling in Diffusion LLMs via Hidden Semi-Autoregressive Experts", "H E", "not yet"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -73,8 +74,32 @@ def test_the_gpu_benchmark_says_that_there_is_no_gpu() -> None:
 
 
 def test_the_gpu_benchmark_runs_through_on_a_cpu_and_calls_it_a_rehearsal() -> None:
-    done = subprocess.run([sys.executable, "benchmarks/gpu.py", "--rehearse", "--parts", "machine", "decode", "prefill", "ttft"],
+    done = subprocess.run([sys.executable, "benchmarks/gpu.py", "--rehearse", "--parts", "machine", "dataflow", "decode", "prefill", "ttft"],
                           cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["rehearsal"] and [row["batch"] for row in found["decode"]] == [1, 2] and "REHEARSAL" in done.stdout
+    assert not [row for part in found.values() if isinstance(part, list) for row in part if "failed" in row]
+    assert len(found["dataflow"]) == 4 and found["rehearsal"] and [row["batch"] for row in found["decode"]] == [1, 2] and "REHEARSAL" in done.stdout
+
+
+def test_a_row_that_does_not_fit_says_so_and_the_next_one_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+    from rich.progress import Progress
+
+    from llmlab.execution.device_line import HostLine
+
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "benchmarks" / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # dataclasses look their module up
+    spec.loader.exec_module(script)
+
+    def too_large() -> dict[str, float]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB\nSee the documentation")
+
+    options = argparse.Namespace(json=tmp_path / "found.json")
+    bench = script.Bench(options, HostLine(), torch.float32, {}, Progress(disable=True))
+    bench.run("decode", [script.Case({"batch": 256}, too_large), script.Case({"batch": 1}, lambda: {"tokens/s": 2.0})])
+    kept = json.loads(options.json.read_text())["decode"]
+    assert kept == [{"batch": 256, "failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 40 GiB"}, {"batch": 1, "tokens/s": 2.0}]
+    assert "| 256 | OutOfMemoryError" in capsys.readouterr().out
