@@ -35,9 +35,9 @@ from roofline.profile import Machine, Profile, ProfileCost, read, same_sizes
 from roofline.rows import Rows
 from roofline.shapes import Shape
 
-# What llmlab's executor needs for a step on a CPU whatever the step holds: Python, and the first touch of the weights.
-# Fitted by benchmarks/fidelity.py to whole steps of lab-s and of a 28M Llama on one thread of `cpu-2core`: 0.32 ms both.
-CPU_STEP_SECONDS = 3.2e-4
+# What llmlab's executor needs for a step on a CPU whatever the step holds: Python, and the first touch of the weights. Of
+# decoding steps of lab-s on one thread of `cpu-2core`: 0.18 ms with one row, of which the arithmetic is a third.
+CPU_STEP_SECONDS = 1.2e-4
 # The same for one pass of a draft model, which no scheduler plans: from benchmarks/speculation.py, lab-m with lab-xs, rounds
 # of 3 and of 6 drafts, one thread.
 CPU_DRAFT_SECONDS = 1.2e-4
