@@ -33,8 +33,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     from: a registered source ("ngram", "suffix"), the name of a draft model, or an object (`seams.DraftSource`); None
     drafts nothing. `draft_tree`: drafts are a tree, "2x2x1" has two first tokens, two behind each, one behind each of those; its
     nodes take the place of `num_speculative_tokens`. `acceptance`: a draft of a sampled request holds if it is the token that
-    plain decoding draws ("keyed"), or by rejection sampling, which accepts more where the draft model is unsure and makes answers
-    depend on the drafts, but not their distribution. `fixed_rows`: tokens in a pass with fixed numerics, for requests that must be
+    plain decoding draws ("keyed"), or by rejection sampling, which accepts more where the models rank tokens differently and makes
+    answers depend on the drafts, but not their distribution. `fixed_rows`: tokens in a pass with fixed numerics, for requests that must be
     deterministic.
     `attention_plan`: what predictions charge for attention on a GPU, see docs/gpu.md. `tensor_parallel_size`: simulated
     devices side by side that share every layer (docs/simulator.md); `gpu_memory` is then that of each. `on_device_loss`: what

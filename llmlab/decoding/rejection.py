@@ -9,8 +9,9 @@ it: so siblings are drawn without replacement here, which accepts more than draw
 and not drawn (n-grams, the k most likely tokens of a model) has q = 1 at itself.
 
 The engine's other rule, which is lossless, too (`decoding.speculative`), draws the target's token with the random number of
-its position and compares. That keeps each answer what it is without drafts, and accepts a draft with the probability p(x);
-sampling with rejection accepts sum(min(p, q)) of drafts that were drawn from q, which is more where the draft model is unsure.
+its position and compares. That keeps each answer what it is without drafts, and accepts a chosen draft with the probability p(x);
+one that was drawn with the same number holds as often as the two models rank alike. Sampling with rejection accepts
+sum(min(p, q)) of drafts that were drawn from q, however they rank.
 
 Pure and vectorised over rows [n] of one shape; float64 probabilities. The engine calls it with one row.
 """

@@ -31,11 +31,12 @@ def text(tokens: Sequence[int]) -> str:
     return "".join(map(char, tokens))
 
 
-def write_model(directory: Path, eos: int | None = None, poisoned: bool = False, vocab: int = VOCAB, seed: int = 0) -> Any:
+def write_model(directory: Path, eos: int | None = None, poisoned: bool = False, vocab: int = VOCAB, seed: int = 0, case: str = "llama"
+                ) -> Any:  # fmt: skip
     """Save the tiny model and its tokenizer; transformers' own model of it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    config = tiny_config("llama")
+    config = tiny_config(case)
     config.eos_token_id, config.vocab_size = eos, vocab
     model = hf_model(config, seed)
     if poisoned:

@@ -230,3 +230,17 @@ def test_placements_that_weigh_modes_give_the_same_tokens(placement: str, overla
     told = [d for d in engine.log.filter(ev.Decision) if d.seam == "placement"]
     assert {d.chosen for d in told} - {"gpu_only"} and all(a.predicted for d in told for a in d.alternatives)
     assert any(item.device == "cpu" for plan in engine.log.filter(ev.StepPlanned) for item in plan.items)
+
+
+@pytest.mark.parametrize("placement", ["halves", "two_lanes", "restless"])
+def test_trees_are_verified_beside_rows_on_the_host(placement: str, oracle: Oracle) -> None:
+    """Only rows whose KV is on the device get drafts; they run apart from those on both tiers."""
+    engine = tiny_engine(oracle.directory, placement=PLACEMENTS[placement], max_num_batched_tokens=64, kernels="numba",
+                         speculation=str(oracle.directory), draft_tree="2x2")  # fmt: skip
+    with engine:
+        names = [engine.add_request(prompt, greedy(NUM_TOKENS)) for prompt in PROMPTS]
+        done = serve(engine)
+    assert [tokens_of(done[name])[0] for name in names] == [oracle.greedy(prompt, NUM_TOKENS) for prompt in PROMPTS]
+    steps = [plan.items for plan in engine.log.filter(ev.StepPlanned)]
+    assert any({"cpu"} <= {i.home for i in items} and any(i.mask == "tree" for i in items) for items in steps)
+    assert not engine.log.filter(ev.PolicyFailed)

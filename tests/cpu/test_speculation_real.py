@@ -283,6 +283,17 @@ def test_the_best_path_of_a_tree_is_taken(kernels: str, oracle: Oracle) -> None:
     assert not engine.log.filter(ev.PolicyFailed)
 
 
+@pytest.mark.parametrize("case", ["mistral", "gemma2"])
+def test_trees_under_sliding_windows(case: str, tmp_path: Path) -> None:
+    """Windows of 11 and 10 tokens, behind which most of these texts lie; a node's window counts depths and not slots."""
+    oracle = Oracle(tmp_path, write_model(tmp_path, case=case))
+    with tiny_engine(tmp_path, kernels="numba", num_blocks=200, **drafting(oracle, "itself 2x2x1x1")) as engine:
+        names = [engine.add_request(prompt, greedy(16)) for prompt in PROMPTS]
+        done = serve(engine)
+    assert [tokens_of(done[name]) for name in names] == [[oracle.greedy(prompt, 16)] for prompt in PROMPTS]
+    assert max(len(e.accepted) for e in engine.log.filter(ev.Verified)) == 4
+
+
 def test_a_tree_of_too_many_nodes_is_refused(oracle: Oracle) -> None:
     class Wide:
         def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
