@@ -38,7 +38,7 @@ def prompts_of(suite: str, count: int) -> list[str]:
     return [tasks.suite(suite).problem(dice, k=3 if suite == "arith" else 1, split="test").prompt for _ in range(count)]
 
 
-def runs(name: str, model: str) -> bool:
+def can_run(name: str, model: str) -> bool:
     """Whether the model has what this configuration drafts with."""
     from llmlab.models.zoo import resolve
 
@@ -107,7 +107,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     for batch in map(int, args.batches.split(",")):
         prompts = prompts_of(args.suite, max(batch, args.prompts))
-        names = [name for name in CONFIGS if name.replace(", ", "; ") in args.configs.split(",") and runs(name, args.model)]
+        names = [name for name in CONFIGS if name.replace(", ", "; ") in args.configs.split(",") and can_run(name, args.model)]
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for _ in range(args.repeats):
             for name in names:
