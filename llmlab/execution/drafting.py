@@ -93,9 +93,9 @@ def checked_proposal(proposal: Proposal, k: int, vocab_size: int) -> Proposal:
             raise PolicyError("propose", token, f"is outside the vocabulary of {vocab_size} tokens")
     if parents and (len(parents) != len(tokens) or any(not -1 <= p < i for i, p in enumerate(parents))):
         raise PolicyError("propose", parents, "must name one earlier draft, or -1, for each draft")
+    parents = () if is_chain(parents) else parents
     if parents and len(tokens) > MAX_NODES:
         raise PolicyError("propose", len(tokens), f"drafts are more than the {MAX_NODES} nodes that a tree may have")
-    parents = () if is_chain(parents) else parents
     return Proposal(tokens, parents, _checked_odds(proposal.odds, tokens, parents, vocab_size))
 
 
