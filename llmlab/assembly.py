@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -564,9 +566,10 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, log: EventLo
     line = device_line(backend.loaded) if _all_on_device(config, backend) else None
     try:
         cache = _kv_cache(config, backend.loaded, num_blocks, num_host_blocks, line)
-    except torch.OutOfMemoryError:
-        free = float(torch.cuda.mem_get_info(backend.loaded.device)[0]) if backend.loaded.device.type == "cuda" else 0.0
-        raise no_room_for_kv(num_blocks, backend.bytes_per_token * config.block_size, free) from None
+    except (torch.OutOfMemoryError, MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        raise no_room_for_kv(num_blocks, backend.bytes_per_token * config.block_size, _free_bytes(backend.loaded)) from None
     setup = setup._replace(kv_layers=cache.layers)
     if line is not None:
         from llmlab.execution.stream_executor import StreamExecutor
@@ -607,6 +610,16 @@ def _never_drafting(config: EngineConfig) -> Redraft:
         raise ConfigError("speculation", source_name(config.speculation), "this engine's steps are queued on the device, and it "
                           "was started without drafts", "Start an engine with speculation=... and switch it there.")  # fmt: skip
     return Redraft(None)
+
+
+def _free_bytes(loaded: LoadedModel) -> float:
+    """Memory that nobody holds, where a model lies."""
+    import torch
+
+    if loaded.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(loaded.device)[0])
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _anew(config: EngineConfig, backend: Backend, num_blocks: int, num_host_blocks: int) -> Anew | None:

@@ -118,6 +118,11 @@ def test_kv_that_does_not_fit_beside_the_weights(directory: Path, monkeypatch: p
         Engine(model=str(directory), device="cpu", num_blocks=64)
 
 
+def test_kv_that_no_machine_holds() -> None:
+    with pytest.raises(ConfigError, match=r"num_blocks=1000000000: does not fit: KV of .* GB.*Choose at most"):
+        Engine(model="lab-xs", random_weights=True, device="cpu", num_blocks=10**9)
+
+
 def test_a_step_that_runs_out_of_memory_says_what_would_help(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmlab.execution.torch_executor import TorchExecutor
 

@@ -14,6 +14,7 @@ import torch
 from engine_util import POISON, VOCAB, greedy, serve, tiny_engine, tokens_of, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models_util import CASES, hf_greedy, hf_model, tiny_config
 
 from llmlab import assembly
 from llmlab.execution.buckets import bucket_for, bucket_sizes
@@ -95,6 +96,19 @@ def test_half_precision_from_prompt_to_tokens(directory: Path, dtype: str, kerne
     assert isinstance(engine.executor, StreamExecutor) and engine.executor.graphs.recorded
     assert engine.executor.cache.layers[0][0].dtype == getattr(torch, dtype)
     assert have == plain
+
+
+@pytest.mark.usefixtures("streamed")
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_every_family_says_what_transformers_says(case: str, tmp_path: Path) -> None:
+    reference = hf_model(tiny_config(case))
+    reference.save_pretrained(tmp_path)
+    engine = tiny_engine(tmp_path, overlap_depth=1)
+    prompts = [[3 + i * 5 % 90 for i in range(n)] for n in (21, 1, 9)]
+    names = [engine.add_request(prompt, greedy(10)) for prompt in prompts]
+    done = serve(engine)
+    assert isinstance(engine.executor, StreamExecutor) and engine.executor.graphs.recorded
+    assert [tokens_of(done[name])[0] for name in names] == [hf_greedy(reference, prompt, 10) for prompt in prompts]
 
 
 @pytest.mark.usefixtures("streamed")

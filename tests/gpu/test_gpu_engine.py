@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engine_util import VOCAB, Oracle, greedy, serve, tiny_engine, tokens_of, write_model
+from models_util import CASES, hf_greedy, hf_model, tiny_config
 
 from llmlab.execution.stream_executor import StreamExecutor
 from llmlab.types import SamplingParams
@@ -40,6 +41,16 @@ def answers(oracle: Oracle, params: SamplingParams, graphs: bool = True, **field
 @pytest.mark.parametrize("depth", [0, 1])
 def test_tokens_are_those_of_transformers(oracle: Oracle, depth: int) -> None:
     assert answers(oracle, greedy(20), overlap_depth=depth) == [oracle.greedy(p, 20) for p in prompts(9)]
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_every_family_says_what_transformers_says(case: str, tmp_path: Path) -> None:
+    reference = hf_model(tiny_config(case))
+    reference.save_pretrained(tmp_path)
+    engine = tiny_engine(tmp_path, **ON_GPU)
+    names = [engine.add_request(prompt, greedy(10)) for prompt in prompts(5)]
+    done = serve(engine)
+    assert [tokens_of(done[name])[0] for name in names] == [hf_greedy(reference, prompt, 10) for prompt in prompts(5)]
 
 
 @pytest.mark.parametrize("params", [greedy(20), SamplingParams(max_tokens=20, temperature=0.9, top_p=0.8, seed=1, ignore_eos=True)])

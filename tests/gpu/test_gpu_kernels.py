@@ -10,9 +10,14 @@ import torch
 from kernels_util import Built, Case, build, expected
 
 from llmlab.kernels import reference
-from llmlab.kernels.dispatch import Kernels, make_kernels
+from llmlab.kernels.dispatch import Kernels, device_capability, make_kernels
 from llmlab.kernels.layout import AttentionMetadata
 from llmlab.kernels.quantized import QuantSpec, quantize_tensor
+from llmlab.kernels.softmax_schemes import UnifiedMax, calibrate
+
+pytest.importorskip("triton")
+
+from llmlab.kernels.triton_kernels import TritonKernels, TritonLinear
 
 CASES = {
     "decoding": Case(rows=((1, 9000), (1, 3), (1, 0), (1, 700)), dim=128, block_size=16, heads=8, group=4),
@@ -55,6 +60,30 @@ def test_attention(name: str, kernels: Kernels, dtype: torch.dtype) -> None:
     np.testing.assert_allclose(state.out.float().cpu().numpy(), out, atol=LIMIT[dtype] * max(1.0, np.abs(out).max()))
     again = kernels.paged_attention(*on_gpu(built, dtype).arguments())
     assert torch.equal(state.out, again.out), "two runs differ"
+
+
+@pytest.mark.parametrize("suits", [True, False], ids=["calibrated", "computed again"])
+@pytest.mark.parametrize("name", ["decoding", "blocks of 32", "window", "cap"])
+def test_attention_around_one_maximum(name: str, suits: bool, dtype: torch.dtype) -> None:
+    built = build(CASES[name], dtype)
+    built = replace(built, q=built.q.to(dtype).float())
+    out, lse = expected(built)
+    scheme = calibrate(lse, str(dtype).removeprefix("torch.")).scheme if suits else UnifiedMax(300.0, 2.0, 11.0)
+    kernels = TritonKernels(device_capability("cuda"), dtype, scheme)
+    state = kernels.paged_attention(*on_gpu(built, dtype).arguments())
+    np.testing.assert_allclose(state.out.float().cpu().numpy(), out, atol=LIMIT[dtype] * max(1.0, np.abs(out).max()))
+    assert kernels.repaired is not None and (suits or int(kernels.repaired.sum()) > 0)
+
+
+@pytest.mark.parametrize("kernel", ["rows", "flat"])
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_products_of_few_rows(dtype: torch.dtype, kernel: str, rows: int) -> None:
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(1000, 1100, device="cuda") / 33).to(dtype), torch.randn(1000, device="cuda").to(dtype)
+    x = torch.randn(rows, 1100, device="cuda").to(dtype)
+    have = TritonLinear(weight, bias).by(kernel, x)
+    want = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(have.double(), want, atol=4 * LIMIT[dtype], rtol=LIMIT[dtype])
 
 
 @pytest.mark.parametrize("normed", [False, True])
