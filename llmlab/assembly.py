@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from llmlab.clock import Clock, RealClock, VirtualClock
-from llmlab.config import DRAFT_FIELDS, EngineConfig, tree_shape
+from llmlab.config import DRAFT_FIELDS, EngineConfig
 from llmlab.decoding.autoregressive import TokenStop
 from llmlab.decoding.draft_lengths import DRAFT_POLICIES
 from llmlab.decoding.drafts import DraftSetup
@@ -281,7 +281,7 @@ def reseated(config: EngineConfig, log: EventLog, seam: str, choice: Any, cost: 
 
 def _redrafted(config: EngineConfig, log: EventLog, cost: CostModel, changes: Mapping[str, Any]) -> Drafting | None:
     """Another drafting side: all of DRAFT_FIELDS, and as "draft" the sizes of the draft model, if there is one."""
-    changed = msgspec.structs.replace(config, **{name: changes[name] for name in DRAFT_FIELDS})
+    changed = msgspec.structs.replace(config, **{name: changes[name] for name in DRAFT_FIELDS if name in changes})
     return _drafting(changed, log, cost, shapes.Shape(**changes["draft"]) if "draft" in changes else None)
 
 
@@ -600,8 +600,7 @@ def _real_drafting(setup: DraftSetup, config: EngineConfig) -> Redraft:
 
 def _formed(setup: DraftSetup, config: EngineConfig) -> DraftSetup:
     """The setup with what the configuration says of the drafts' form."""
-    tree = () if config.draft_tree is None else tree_shape(config.draft_tree)
-    return setup._replace(tree=tree, drawn=config.acceptance == "rejection")
+    return setup._replace(tree=config.branches, drawn=config.acceptance == "rejection")
 
 
 def _never_drafting(config: EngineConfig) -> Redraft:

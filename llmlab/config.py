@@ -138,9 +138,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("draft_policy", "goodput", "weighs chains and knows no trees", "Choose fixed or ewma.")
 
     @property
+    def branches(self) -> tuple[int, ...]:
+        """The children of each node of a draft tree, by depth; none for chains."""
+        return () if self.draft_tree is None else tree_shape(self.draft_tree)
+
+    @property
     def num_drafts(self) -> int:
         """Drafts of a request at most."""
-        return self.num_speculative_tokens if self.draft_tree is None else num_nodes(tree_shape(self.draft_tree))
+        return self.num_speculative_tokens if self.draft_tree is None else num_nodes(self.branches)
 
     def _at_least(self, name: str, low: int) -> None:
         value = getattr(self, name)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from llmlab.assembly import Assembly, ModelFacts, Redraft, eviction_chooser, policies_of
 from llmlab.config import DRAFT_FIELDS, SEAM_FIELDS, EngineConfig
+from llmlab.decoding.draft_trees import plan_of
 from llmlab.decoding.drafts import NGram, Oracle
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
@@ -233,7 +235,9 @@ def _drafting(run: Run, config: EngineConfig, tokens: RecordedTokens, cost: Roof
         return Redraft(None)
     shape = Shape(**run.started.model["shape"])
     held = run.started.model.get("acceptance") or acceptance_by_position(run.log_events) or [0.0]
-    source: DraftSource = NGram() if config.speculation == NGram.name else Oracle(tokens.token, held, shape.vocab_size, config.seed)
+    plan = partial(plan_of, config.branches)
+    source: DraftSource = (NGram() if config.speculation == NGram.name
+                           else Oracle(tokens.token, held, shape.vocab_size, config.seed, plan))  # fmt: skip
     draft = recorded_draft(run, source_name(config.speculation))
     return Redraft(SimDrafting(Drafter(source, shape.vocab_size), draft_cost_of(cost, draft, config)), draft)
 

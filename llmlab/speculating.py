@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class Simulated(NamedTuple):
-    """Drafts for the simulator, which knows the tokens to come: the i-th draft of a proposal holds with the probability
-    `acceptance[i]`, given that those before it do (the last one counts for all behind it). `draft` is the shape whose steps
-    are paid for; None: drafting is free, as with n-grams."""
+    """Drafts for the simulator, which knows the tokens to come: the i-th draft of a proposal (of a tree: the first choice at
+    depth i) holds with the probability `acceptance[i]`, given that those before it do (the last one counts for all behind it).
+    `draft` is the shape whose steps are paid for; None: drafting is free, as with n-grams."""
 
     acceptance: tuple[float, ...]
     draft: str | None = None
@@ -72,11 +72,8 @@ def simulated_speculation(config: EngineConfig, setup: DraftSetup, tokens: Token
                           "Say how often drafts hold: llmlab.speculating.Simulated((0.8, 0.7)).")  # fmt: skip
     if not isinstance(choice, Simulated):
         return Speculation(_source(choice, setup, config), source_name(choice))
-    if config.draft_tree is not None:
-        raise ConfigError("draft_tree", config.draft_tree, "does not go with simulated drafts, which are chains",
-                          "Leave it out, or give an object that proposes trees as speculation.")  # fmt: skip
     check_acceptance(choice.acceptance)
-    source = Oracle(tokens.token, choice.acceptance, setup.vocab_size, setup.seed)
+    source = Oracle(tokens.token, choice.acceptance, setup.vocab_size, setup.seed, setup.plan)
     return Speculation(source, choice.name, None if choice.draft is None else _shape(choice.draft))
 
 
@@ -115,7 +112,7 @@ def draft_cost_of(cost: CostModel, shape: Shape | None, config: EngineConfig) ->
     """The cost model of a draft model on the device of the target."""
     if shape is None or not isinstance(cost, RooflineCost):
         return None
-    return DraftCost(RooflineCost(shape, cost.name, config.block_size, cost.dtype, cost.host))
+    return DraftCost(RooflineCost(shape, cost.name, config.block_size, cost.dtype, cost.host), config.branches)
 
 
 def outlook_of(cost: CostModel, draft_cost: CostModel | None, config: EngineConfig) -> DraftOutlook:

@@ -31,6 +31,21 @@ def chain_plan(length: int) -> tuple[int, ...]:
     return tuple(range(-1, length - 1))
 
 
+def plan_of(branches: tuple[int, ...], k: int) -> tuple[int, ...]:
+    """The parents of at most `k` drafts: of a tree, or of a chain if there are no branches."""
+    return tree_plan(branches)[:k] if branches else chain_plan(k)
+
+
+@lru_cache(maxsize=256)
+def fed_by_level(plan: tuple[int, ...]) -> tuple[int, ...]:
+    """How many tokens a draft model computes in each of its passes: the text's last one, then the nodes that others follow."""
+    depths: list[int] = []
+    for parent in plan:
+        depths.append(1 + (depths[parent] if parent >= 0 else 0))
+    inner = [0, *(depths[node] for node in sorted(set(plan)) if node >= 0)]
+    return tuple([inner.count(depth) for depth in range(max(inner) + 1)]) if plan else ()
+
+
 def is_chain(plan: Sequence[int]) -> bool:
     return tuple(plan) == chain_plan(len(plan))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmlab import rng
-from llmlab.decoding.draft_trees import chain_plan, planted, tree_plan
+from llmlab.decoding.draft_trees import chain_plan, is_chain, plan_of, planted
 from llmlab.registry import Registry
 from llmlab.seams import DraftContext, DraftSource, Proposal
 from llmlab.types import ConfigError, Request
@@ -36,7 +36,7 @@ class DraftSetup(NamedTuple):
 
     def plan(self, k: int) -> tuple[int, ...]:
         """The parents of at most `k` drafts."""
-        return tree_plan(self.tree)[:k] if self.tree else chain_plan(k)
+        return plan_of(self.tree, k)
 
 
 # ------------------------------------------------------------------------------- one text repeats itself
@@ -186,22 +186,35 @@ class Suffix:
 class Oracle:
     """Proposes what `truth(request, position)` says, spoiled at random: draft i of a proposal is right with the
     probability `acceptance[i]` (the last one also for those behind it). For tests, and for the simulator, which knows the
-    tokens to come; the draws are keyed by (seed, request, position)."""
+    tokens to come; the draws are keyed by (seed, request, position). Of a tree it is the first choice at depth i that is right
+    with this probability, and nothing beside it."""
 
     name = "oracle"
 
-    def __init__(self, truth: Callable[[Request, int], int], acceptance: Sequence[float], vocab_size: int, seed: int = 0) -> None:
+    def __init__(self, truth: Callable[[Request, int], int], acceptance: Sequence[float], vocab_size: int, seed: int = 0,
+                 plan: Callable[[int], tuple[int, ...]] = chain_plan) -> None:  # fmt: skip
+        self._plan = plan
         self._truth, self._acceptance = truth, tuple(acceptance)
         self._vocab_size, self._seed = vocab_size, seed
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
-        return [Proposal(tuple([self._draft(c.request, len(c.token_ids), i) for i in range(c.k)])) for c in contexts]
+        return [self._grown(c) for c in contexts]
+
+    def _grown(self, context: DraftContext) -> Proposal:
+        plan = self._plan(context.k)
+        tokens, depths = [], {-1: 0}
+        for node, parent in enumerate(plan):
+            depths[node] = depths[parent] + 1
+            first = self._draft(context.request, len(context.token_ids), depths[parent])
+            tokens.append((first + plan[:node].count(parent)) % self._vocab_size)  # what stands beside it is wrong in any case
+        return Proposal(tuple(tokens), () if is_chain(plan) else plan)
 
     def _draft(self, request: Request, start: int, i: int) -> int:
+        """The first choice at depth i."""
         right = self._acceptance[min(i, len(self._acceptance) - 1)]
         token = self._truth(request, start + i)
         spoiled = rng.uniform(self._seed, request.id, start + i, draw=1000 + i) >= right
-        return (token + 1) % self._vocab_size if spoiled else token
+        return token + 1 if spoiled else token
 
 
 def ngram(setup: DraftSetup) -> DraftSource:

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 from msgspec.structs import replace as replace_struct
 
 import llmlab
+from llmlab.decoding.draft_trees import fed_by_level, plan_of
 from llmlab.execution.attention_cost import plan_cost
 from llmlab.execution.opgraph import Pending, build
 from llmlab.execution.overlap import Overlap
@@ -285,10 +286,11 @@ def in_one_batch(items: Sequence[WorkItem]) -> bool:
 
 
 class DraftCost:
-    """What a draft model's own passes cost: those of an engine, but for the time that a step takes on a CPU."""
+    """What a draft model's own passes cost: those of an engine, but for the time that a step takes on a CPU. `branches`: the
+    form of its trees, none for chains."""
 
-    def __init__(self, cost: RooflineCost) -> None:
-        self._cost = cost
+    def __init__(self, cost: RooflineCost, branches: tuple[int, ...] = ()) -> None:
+        self._cost, self.branches = cost, branches
         on_cpu = cost.hardware.kind == "cpu" and not isinstance(cost.model, ProfileCost)
         self._saved = CPU_STEP_SECONDS - CPU_DRAFT_SECONDS if on_cpu else 0.0
 
@@ -333,16 +335,17 @@ def draft_seconds(cost: CostModel | None, items: Sequence[WorkItem], k: int | No
 def drafting(cost: CostModel, items: Sequence[WorkItem], k: int | None = None) -> list[Cost]:
     """The steps of a draft model that proposes `k` tokens behind each item, one after the other. In the first it also
     computes the prompts that the items compute."""
-    lengths = [item.propose if k is None else k for item in items]
+    branches = cost.branches if isinstance(cost, DraftCost) else ()
+    counts = [fed_by_level(plan_of(branches, item.propose if k is None else k)) for item in items]
     return [
-        cost.step([_draft_row(item, level) for item, length in zip(items, lengths) if length > level])
-        for level in range(max(lengths, default=0))
+        cost.step([_draft_row(item, fed, level) for item, fed in zip(items, counts) if len(fed) > level])
+        for level in range(max(map(len, counts), default=0))
     ]
 
 
-def _draft_row(item: WorkItem, level: int) -> WorkItem:
-    at = item.tokens[1] + level
-    return WorkItem(item.request, Span(item.tokens[0] if level == 0 else at, at + 1))
+def _draft_row(item: WorkItem, fed: Sequence[int], level: int) -> WorkItem:
+    at = item.tokens[1] + sum(fed[:level])
+    return WorkItem(item.request, Span(item.tokens[0] if level == 0 else at, at + fed[level]))
 
 
 def draft_outlook(cost: CostModel, draft_cost: CostModel | None, longest: int) -> DraftOutlook:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from simlab import sim_engine
 
 from llmlab.config import EngineConfig, num_nodes, tree_shape
-from llmlab.decoding.draft_trees import chain_plan, is_chain, planted, tree_plan
+from llmlab.decoding.draft_trees import chain_plan, fed_by_level, is_chain, planted, tree_plan
 from llmlab.decoding.drafts import DRAFT_SOURCES, DraftSetup
 from llmlab.decoding.speculative import lineages, paths
+from llmlab.engine import Engine
+from llmlab.events import catalog as ev
 from llmlab.execution.drafting import checked_proposal
 from llmlab.seams import DraftContext, Proposal
 from llmlab.speculating import Simulated, simulated_speculation
@@ -29,6 +34,28 @@ def test_a_cut_tree_is_a_tree_around_its_chain(shape: tuple[int, ...], k: int) -
     for depth, width in enumerate(shape):
         inner = [node for node in depths if depths[node] == depth]
         assert all(plan.count(node) == width for node in inner)
+
+
+def test_a_draft_model_passes_once_a_level() -> None:
+    assert fed_by_level(tree_plan((2, 2, 1))) == (1, 2, 4) and fed_by_level(chain_plan(3)) == (1, 1, 1) and fed_by_level(()) == ()
+    assert fed_by_level(tree_plan((2, 2, 1))[:4]) == (1, 1, 1)  # the chain of three, and one beside its first
+
+
+def test_a_tree_in_the_simulator_holds_as_often_as_was_said_and_is_paid_by_the_level() -> None:
+    def served(**fields: Any) -> Engine:
+        engine = sim_engine(speculation=Simulated((0.9, 0.5), draft="llama-3.2-1b"), num_blocks=300, **fields)
+        engine.add_request([5] * 9, SamplingParams(max_tokens=900, ignore_eos=True))
+        while engine.has_unfinished_requests():
+            engine.step()
+        return engine
+
+    tree, chain = served(draft_tree="2x2"), served(num_speculative_tokens=2)
+    verified = tree.log.filter(ev.Verified)
+    assert {len(e.accepted) + len(e.rejected) for e in verified} >= {6} and not tree.log.filter(ev.PolicyFailed)
+    held = [len(e.accepted) for e in verified]
+    assert abs(sum(n >= 1 for n in held) / len(held) - 0.9) < 0.05 and abs(sum(n >= 2 for n in held) / sum(n >= 1 for n in held) - 0.5) < 0.08
+    drafting = [max(e.measured.parts.get("draft", 0.0) for e in engine.log.filter(ev.StepFinished)) for engine in (tree, chain)]
+    assert drafting[1] <= drafting[0] < 1.3 * drafting[1]
 
 
 def test_lineages_and_paths_say_the_same() -> None:
