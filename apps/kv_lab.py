@@ -49,7 +49,8 @@ def _(pool, run):
 
 @app.cell(hide_code=True)
 def _(pool, run):
-    pictures.drawn(pages.page_theme(), lambda: kv.others_chart(pool, kv.others(pool), run))
+    _others = kv.others(pool)
+    pictures.drawn(pages.page_theme(), lambda: kv.others_chart(pool, _others, run))
     return
 
 

@@ -102,7 +102,7 @@ def session(minutes: float, width: int, speed: int) -> None:
         page.set_default_timeout(150_000)  # milliseconds: the machine may be busy
         page.goto(f"{url}engine_room/")
         page.wait_for_function("+(document.querySelector('marimo-anywidget')?.shadowRoot ?? document).querySelector('.llt')?.dataset.step > 20 "
-                               "&& !document.body.innerText.includes('being loaded')", timeout=120_000)  # fmt: skip
+                               "&& !document.body.innerText.includes('being loaded')", timeout=400_000)  # fmt: skip
         for _ in range(speed):
             page.get_by_role("slider").nth(3).press("ArrowRight")
         time.sleep(5)
