@@ -18,6 +18,12 @@ Kind = Literal["markdown", "text", "html", "picture"]
 _COLLECTED: ContextVar[list[Shown] | None] = ContextVar("llmlab_teaching_collected", default=None)
 
 
+# What says that a page is dark: JupyterLab, VS Code, Colab, and pages that say it of themselves.
+_DARK = ('[data-jp-theme-light="false"]', '.vscode-dark', '[data-vscode-theme-kind*="dark"]', 'html[theme="dark"]', '.dark', '[data-theme="dark"]')
+_FOLLOW = (f"<style>.llmlab-dark{{display:none}}{','.join(f'{one} .llmlab-light' for one in _DARK)}{{display:none}}"
+           f"{','.join(f'{one} .llmlab-dark' for one in _DARK)}{{display:inline}}</style>")  # fmt: skip
+
+
 class Shown(NamedTuple):
     """One piece of output: Markdown, plain text, HTML, or the SVG of a picture with its title as `alt`."""
 
@@ -27,10 +33,14 @@ class Shown(NamedTuple):
 
     @property
     def as_html(self) -> str:
-        """For a notebook. A picture is an image of its own, so that the ids of two of them cannot clash."""
+        """For a notebook, light or dark. A picture is an image of its own, so that the ids of two of them cannot clash."""
         if self.kind == "picture":
-            data = base64.b64encode(self.content.encode()).decode()
-            return f'<img style="max-width:100%" alt="{html.escape(self.alt)}" src="data:image/svg+xml;base64,{data}">'
+            from llmlab.ui.theme import recoloured_svg
+
+            both = (("light", self.content), ("dark", recoloured_svg(self.content, "light", "dark")))
+            return _FOLLOW + "".join(
+                f'<img class="llmlab-{name}" style="max-width:100%" alt="{html.escape(self.alt)}" '
+                f'src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">' for name, svg in both)  # fmt: skip
         return self.content if self.kind == "html" else f'<pre style="white-space:pre-wrap">{html.escape(self.content)}</pre>'
 
     @property

@@ -6,6 +6,7 @@ alone: thickness, shape or position says the same. Nothing is registered on impo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -89,6 +90,12 @@ def recoloured(spec: Any, source: str, target: str) -> Any:
         return swap.get(part, part) if isinstance(part, str) else part
 
     return {**walk({k: v for k, v in spec.items() if k != "config"}), "config": config(target)}
+
+
+def recoloured_svg(svg: str, source: str, target: str) -> str:
+    """A picture that was drawn under the theme `source`, in the colours of `target`."""
+    swap = {a.lower(): b for a, b in zip(_colours(ROLES[source]), _colours(ROLES[target])) if a != b}
+    return re.sub("#[0-9a-fA-F]{6}\\b", lambda found: swap.get(found[0].lower(), found[0]), svg)
 
 
 def _colours(c: Roles) -> list[str]:

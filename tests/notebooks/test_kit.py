@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from llmlab.teaching.exercises import EXERCISES, judge
 from llmlab.teaching.figures import Axis, Bar, Point, Token, bars, curves, token_strip
 from llmlab.teaching.scripts import cells_of, read_lesson, run
 from llmlab.types import ConfigError
+from llmlab.ui import theme
 
 SCRIPT = '''# %% [markdown]
 # # 07 A lesson
@@ -200,7 +203,10 @@ def test_a_page_shows_the_start_and_names_the_knobs() -> None:
     assert shown[0].content == "at 64"
     assert "budget 8, 64" in shown[1].content
     assert shown[3].alt == "A finding"
-    assert shown[3].as_html.startswith("<img")
+    told = shown[3].as_html
+    light, dark = (base64.b64decode(data).decode() for data in re.findall(r"base64,([^\"]*)", told))
+    assert light == shown[3].content != dark and theme.LIGHT.ink in light and theme.DARK.ink in dark
+    assert theme.LIGHT.paper not in dark and '[data-jp-theme-light="false"] .llmlab-dark' in told
 
 
 def test_a_timeline_is_a_widget_in_a_notebook_and_a_picture_on_a_page(in_notebook: None, monkeypatch: pytest.MonkeyPatch) -> None:

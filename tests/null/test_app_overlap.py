@@ -40,6 +40,19 @@ def test_two_iterations_add_up(record: Record, placement: str) -> None:
     assert seen.worth / seen.length * 1e3 == pytest.approx(record.served[placement].rate, rel=0.5)
 
 
+def test_the_atlas_is_as_old_as_what_the_page_opens_with(record: Record) -> None:
+    """Without it the page simulates every other setting, and says so."""
+    atlas = overlap.read_atlas(gallery.recorded_file("overlap.msgpack.zst"))
+    if atlas.mark != record.mark:
+        pytest.skip("the atlas is older than overlap.json: `python -m llmlab.applab.record datasets/runs/overlap.msgpack.zst` (minutes)")
+    for name, one in atlas.machines.items():
+        assert set(one.served) == set(one.glimpses) == set(overlap.NAMES), name
+        assert overlap.rates_chart(Machine(), one.served, ("neo", "apex")) is not None
+    same = atlas.machines.get(Machine().name)
+    if same is not None:
+        assert {n: s.rate for n, s in same.served.items()} == pytest.approx({n: s.rate for n, s in record.served.items()})
+
+
 def test_bars_without_a_gap_become_one() -> None:
     bars = [Bar("GPU", LINEAR, 0.0, 1.0), Bar("link to host", COPY, 1.0, 1.2), Bar("GPU", LINEAR, 1.0, 2.0), Bar("GPU", ATTENTION, 2.0, 3.0),
             Bar("GPU", LINEAR, 3.5, 4.0), Bar("GPU", LINEAR, 4.5, 5.0)]  # fmt: skip
