@@ -35,6 +35,7 @@ from llmlab.types import ConfigError
 
 FILE = "heads.safetensors"
 EPS = 1e-5
+LEAST = 0.5  # the chance below which a draft is not worth its verification, by default
 CHUNK = 1 << 20  # bytes of a target's weights that its fingerprint is made from
 
 
@@ -63,13 +64,14 @@ _RETRAIN = "Train heads for this target: python -m llmlab.training.heads MODEL -
 class DraftHeads:
     """Drafts token by token; all requests go on together. Those that sample draft with the random numbers of the target, so that
     where the two agree the same token comes out; or, for rejection sampling, which needs drafts that owe nothing to these
-    numbers, what is likeliest (`chosen`)."""
+    numbers, what is likeliest (`chosen`). Where the likeliest token has a smaller chance than `least`, the proposal ends: a draft
+    that will not hold costs a row of the verification."""
 
     reads_hidden = True
 
-    def __init__(self, target: Transformer, weights: HeadWeights, seed: int = 0, chosen: bool = False) -> None:
+    def __init__(self, target: Transformer, weights: HeadWeights, seed: int = 0, chosen: bool = False, least: float = LEAST) -> None:
         weights.check(target.shape.hidden_size)
-        self.name, self._target, self._seed, self._chosen = "heads", target, seed, chosen
+        self.name, self._target, self._seed, self._chosen, self._least = "heads", target, seed, chosen, least
         kernels, dtype, device = target.kernels, target.dtype, target.device
         self._norm = weights.state_norm.detach().to(device, torch.float32)
         self._w_state = kernels.linear(weights.w_state.detach().to(device, dtype))
@@ -113,7 +115,8 @@ class DraftHeads:
     def _choose(self, logits: Tensor, contexts: Sequence[DraftContext], drafts: dict[str, list[int]]) -> list[int]:
         """The next draft of each; -1 where there is none."""
         if self._chosen or all(plain(c.request.sampling) for c in contexts):
-            return greedy(logits)
+            sure = logits.softmax(-1).amax(-1).tolist()
+            return [token if chance >= self._least else -1 for token, chance in zip(greedy(logits), sure, strict=True)]
         rows = [sample_row(c.request, self._seed, c.token_ids, drafts[c.request.id]) for c in contexts]
         return [sampled.token_id for sampled in sample(logits, rows)]
 

@@ -121,7 +121,22 @@ def test_heads_by_name(trained: Any, fields: dict[str, Any], oracle: Oracle) -> 
     if "dtype" not in fields:
         assert [tokens_of(done[name]) for name in names] == [[oracle.greedy(prompt, 16)] for prompt in prompts]
     metrics = Run.of(engine.log).metrics
-    assert metrics.drafted_tokens > metrics.accepted_tokens > 0 and not engine.log.filter(ev.PolicyFailed)
+    assert metrics.drafted_tokens >= metrics.accepted_tokens > 0 and not engine.log.filter(ev.PolicyFailed)
+
+
+def test_a_proposal_ends_before_a_token_that_is_not_likely_enough(trained: Any, oracle: Oracle) -> None:
+    def drafted(least: float) -> list[int]:
+        model = load_model(oracle.directory, "f32").model
+        source = DraftHeads(model, trained[0].heads.weights(), least=least)
+        with tiny_engine(oracle.directory, speculation=source, num_blocks=200) as engine:
+            names = [engine.add_request(prompt, greedy(12)) for prompt in (*PROMPTS, *PRACTICE[:4])]
+            done = serve(engine)
+        assert [tokens_of(done[name]) for name in names] == [[oracle.greedy(prompt, 12)] for prompt in (*PROMPTS, *PRACTICE[:4])]
+        metrics = Run.of(engine.log).metrics
+        return [metrics.drafted_tokens, metrics.drafted_tokens - metrics.accepted_tokens]
+
+    every, likely, none = drafted(0.0), drafted(0.5), drafted(1.01)
+    assert every[0] > likely[0] > 0 and every[1] > likely[1] and none == [0, 0]
 
 
 def test_sampled_answers_are_those_of_plain_decoding(trained: Any, oracle: Oracle) -> None:
@@ -195,8 +210,7 @@ def test_shipped_heads_are_what_the_card_says(directory: Path) -> None:
         params = SamplingParams(max_tokens=60, temperature=0.0)
         assert [o.outputs[0].token_ids for o in plain.generate(prompts, params)] == \
             [o.outputs[0].token_ids for o in drafting.generate(prompts, params)]  # fmt: skip
-        expected = 1 + sum(torch.tensor(card.acceptance[:4]).cumprod(0).tolist())
-        assert drafting.run.metrics.tokens_per_verification == pytest.approx(expected, rel=0.35)
+        assert drafting.run.metrics.acceptance_rate > 0.5 and drafting.run.metrics.tokens_per_verification > 2
 
 
 def test_making_heads_writes_them_and_the_card(oracle: Oracle, tmp_path: Path) -> None:
