@@ -196,12 +196,14 @@ def _grid_findings(cells: Mapping[tuple[int, int], Cell]) -> tuple[Finding, ...]
     best = max(cells, key=lambda shape: cells[shape].rate)
     smallest = min(cells, key=lambda shape: (shape[0] * shape[1], shape))
     share = cells[smallest].rate / cells[best].rate
-    short, long = (sum(c.recomputed for (_, w), c in cells.items() if w == pick) for pick in (min(w for _, w in cells), max(w for _, w in cells)))
+    windows = [w for _, w in cells]
+    short, long = (statistics.mean(c.recomputed for (_, w), c in cells.items() if w == pick) for pick in (min(windows), max(windows)))
+    lost = f"KV tokens rolled back per token: {long:.1%} at the longest, {short:.1%} at the shortest"
     return (
         Finding("small passes are dear: every token pays for launching one (H100: 1 x 16 makes .16 of the best)",
                 f"{smallest[0]} x {smallest[1]} makes {share:.2f} of {best[0]} x {best[1]}, the best", "measured", share < 0.9),
-        Finding("long windows lose more when a token flips", f"KV tokens rolled back per token: {long / len({n for n, _ in cells}):.1%} at the longest, "
-                f"{short / len({n for n, _ in cells}):.1%} at the shortest", "measured", long >= short),
+        Finding("long windows lose more when a token flips", lost if long or short else "no token flipped: all requests decoded together, so "
+                "what long windows lose here is what is left of their last one", "measured", long >= short if long or short else None),
     )  # fmt: skip
 
 
@@ -230,13 +232,12 @@ def grid_chart(cells: Mapping[tuple[int, int], Cell]) -> Any:
 
     best = max(cells, key=lambda shape: cells[shape].rate)
     top = cells[best].rate
-    rows = [{"N": n, "W": w, "of best": c.rate / top, "told": f"{c.rate / top:.2f}", "lost": f"{c.recomputed:.1%} rolled back",
-             "ink": "white" if c.rate / top > 0.8 else "black"} for (n, w), c in cells.items()]  # fmt: skip
+    rows = [{"N": n, "W": w, "of best": c.rate / top, "told": f"{c.rate / top:.2f}", "lost": f"{c.recomputed:.1%} rolled back"} for (n, w), c in cells.items()]  # fmt: skip
     base = alt.Chart(data(rows)).encode(
         x=alt.X("W:O", title="tokens of a window, W", axis=alt.Axis(labelAngle=0)), y=alt.Y("N:O", title="requests of a pass, N", sort="descending"))
     low = min(c.rate / top for c in cells.values())
     fill = alt.Color("of best:Q", scale=alt.Scale(range=["#F4F1EC", roles().cached], domain=[max(0.0, low - 0.1), 1.0]), legend=None)
-    ink = alt.Color("ink:N", scale=None)
+    ink = alt.condition(alt.datum["of best"] > 0.8, alt.value("white"), alt.value("black"))
     tiles = base.mark_rect(stroke=roles().paper, strokeWidth=2).encode(color=fill)
     share = base.mark_text(dy=-7, fontSize=15, fontWeight="bold").encode(text="told:N", color=ink)
     lost = base.mark_text(dy=11, fontSize=11).encode(text="lost:N", color=ink)
