@@ -77,9 +77,8 @@ class Report(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         speed = ", ".join(f"{took:.3g} µs with {size}" for size, took in self.microseconds.items())
         wrong = f"{len(self.failures)} failure{'s' if len(self.failures) > 1 else ''}"
-        lines = [
-            f"{self.policy} as {self.seam}: {wrong if self.failures else 'ok'} ({self.num_cases} questions; a call takes {speed})"
-        ]
+        asked = f" ({self.num_cases} questions; a call takes {speed})" if self.microseconds else ""
+        lines = [f"{self.policy} as {self.seam}: {wrong if self.failures else 'ok'}{asked}"]
         return "\n".join([*lines, *(f"  - {f}" for f in self.failures), *(f"  note: {n}" for n in self.notes)])
 
 

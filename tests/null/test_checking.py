@@ -336,6 +336,7 @@ def test_a_policy_that_never_ends_is_answered_with_a_sentence(crime: str, quick:
     report = llmlab.check(policy, timeout=0.02)
     assert len(report.failures) == 1 and re.search(pattern, report.failures[0]), str(report)
     assert "nothing more was asked" in str(report) and not report.ok
+    assert str(report).splitlines()[0].endswith(": 1 failure")
 
 
 class EndlessElsewhere(_Ordering):
