@@ -45,7 +45,7 @@ from llmlab.execution.pool_plan import (
     no_room_for_kv,
     out_of_memory,
 )
-from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor
+from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor, TokenSource
 from llmlab.execution.sim_offload import ExpertSimExecutor, host_of, routing_for
 from llmlab.execution.tensor_parallel import SIZES, check_group, divides, group_kv_bytes, group_weight_bytes
 from llmlab.kernels.capability import OLDEST, Capability, check_dtype, chosen_line, default_dtype
@@ -556,7 +556,7 @@ def _executor(config: EngineConfig, backend: Backend, clock: Clock, log: EventLo
         cost = wall_cost(backend.cost, config.overlap_depth)
         described = {"device": backend.hardware.name}
         if config.weights != "resident":
-            return _expert_simulation(config, backend, cost, tokens, clock, log), partial(_sim_drafting, backend, setup, tokens)
+            return expert_simulation(config, backend.cost, cost, tokens, clock, log), partial(_sim_drafting, backend, setup, tokens)
         return SimExecutor(cost, tokens, clock, described, config.block_size,
                            detailed=config.log_level >= 4), partial(_sim_drafting, backend, setup, tokens)  # fmt: skip
     import torch
@@ -645,19 +645,24 @@ def _anew(config: EngineConfig, backend: Backend, num_blocks: int, num_host_bloc
         return None
 
 
-def _expert_simulation(config: EngineConfig, backend: Backend, cost: Any, tokens: PseudoTokens, clock: Clock, log: EventLog
-                       ) -> ExpertSimExecutor:  # fmt: skip
+def expert_simulation(config: EngineConfig, plain: RooflineCost, cost: Any, tokens: TokenSource, clock: Clock, log: EventLog
+                      ) -> ExpertSimExecutor:  # fmt: skip
+    """The simulated executor of a mixture that does not fit; `plain` knows shape and device, `cost` prices whole steps."""
     from roofline.cost import CostModel as Roofline
 
-    model = Roofline(backend.model.shape, backend.hardware, backend.precision)
+    model = Roofline(plain.shape, plain.hardware, plain.dtype)
     trace = routing_for(load_routing(config.routing), model)
     host = _host(config) or hw.get(DEFAULT_HOST)
     if isinstance(host, str):
         raise ConfigError("host", host, "is a speed of attention; experts need to know the CPU", "Name it, such as 'xeon-6130-2s'.")
     price = RooflineExperts(model, host_of(host))
-    return ExpertSimExecutor(cost, tokens, clock, {"device": backend.hardware.name, "routing": trace.model}, config.block_size,
-                             price=price, trace=trace, seam=_seam(config, log, "weights"),
-                             num_slots=_num_slots(config, backend.model.shape))  # fmt: skip
+    return ExpertSimExecutor(cost, tokens, clock, {"device": plain.hardware.name, "routing": trace.model}, config.block_size,
+                             price=price, trace=trace, seam=weights_seam(config, log), num_slots=_num_slots(config, plain.shape))  # fmt: skip
+
+
+def weights_seam(config: EngineConfig, log: EventLog) -> Seam[Any]:
+    """Who places the experts of a mixture."""
+    return _seam(config, log, "weights")
 
 
 def _num_slots(config: EngineConfig, shape: shapes.Shape) -> int:

@@ -17,8 +17,8 @@ from typing import Any
 
 import msgspec
 
-from llmlab.assembly import Assembly, ModelFacts, Redraft, eviction_chooser, policies_of
-from llmlab.config import DRAFT_FIELDS, SEAM_FIELDS, EngineConfig
+from llmlab.assembly import Assembly, ModelFacts, Redraft, eviction_chooser, expert_simulation, policies_of, weights_seam
+from llmlab.config import DRAFT_FIELDS, PLUG_IN_FIELDS, SEAM_FIELDS, EngineConfig
 from llmlab.decoding.draft_trees import plan_of
 from llmlab.decoding.drafts import NGram, Oracle
 from llmlab.engine import Engine
@@ -29,6 +29,7 @@ from llmlab.events.trace import Run
 from llmlab.execution.cost import RooflineCost, wall_cost
 from llmlab.execution.drafting import Drafter
 from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor, SimTicket
+from llmlab.execution.sim_offload import ExpertSimExecutor
 from llmlab.replaying import recorded_config, recorded_cost, recorded_draft, recorded_scheduler
 from llmlab.scheduling.scheduler import Scheduler
 from llmlab.seams import DraftSource
@@ -91,18 +92,19 @@ class Outside:
 
 
 def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes: Any) -> list[ev.Event]:
-    """The events of a fork of `run` right after step `at`. `changes`: seams of EngineConfig (objects or names).
+    """The events of a fork of `run` right after step `at`. `changes`: seams of EngineConfig (objects or names), and `weights` of
+    a run whose experts do not all fit: the new policy finds on the device what the old one left there.
 
     `recorded`: the plug-in objects of the recorded run that are not registered under their names. Raises TraceError
     for a step that the run does not have, ConfigError for changes that are no seam or a policy that is missing.
     """
     for name in changes:
-        if name not in SEAM_FIELDS:
-            raise unknown_name("fork", name, SEAM_FIELDS)
+        if name not in PLUG_IN_FIELDS:
+            raise unknown_name("fork", name, PLUG_IN_FIELDS)
     run.need_whole()
-    if run.started.config.get("weights", "resident") != "resident":
-        raise ConfigError("fork", run.started.config["weights"], "a run whose experts do not all fit cannot be forked yet",
-                          "Run it anew under the other policy, and compare(a, b).")  # fmt: skip
+    if "weights" in changes and "resident" in (changes["weights"], _weights(run)):
+        raise ConfigError("weights", changes["weights"], "a fork cannot begin or end to keep experts on the host",
+                          "Choose another policy for a run whose weights are not 'resident'.")  # fmt: skip
     if run.started.level < 2:
         raise TraceError(
             "log_level", run.started.level, "decisions were not recorded", "Record with log_level=2 or more."
@@ -111,7 +113,7 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     scheduler = recorded_scheduler(run, clock, **(recorded or {}))
     scheduler.log.append(_forked_start(run, at, changes))
     config = recorded_config(run, **{**(recorded or {}), **changes})
-    engine = _engine(run, config, scheduler, clock)
+    engine = _engine(run, config, scheduler, clock, recorded or {})
     memory = _Memory(run, engine)
     position = _replay_until(run, scheduler, clock, at, memory)
     _prove(run, scheduler, position, at)
@@ -121,10 +123,16 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     engine.executor.draft_with(drafting.side)
     scheduler.adopt(policies, clock.now())
     scheduler.memory.pool.choose = eviction_chooser(engine.config, scheduler.log)
+    if "weights" in changes and isinstance(engine.executor, ExpertSimExecutor):
+        engine.executor.adopt(weights_seam(engine.config, scheduler.log))
     flying = _in_flight(run, scheduler, position)
     engine.executor.occupy(memory.busy_until)  # type: ignore[attr-defined]
     _continue(run, engine, position, flying, changes)
     return list(scheduler.log)
+
+
+def _weights(run: Run) -> str:
+    return str(run.started.config.get("weights", "resident"))
 
 
 def _forked_start(run: Run, at: int, changes: Mapping[str, Any]) -> ev.RunStarted:
@@ -146,18 +154,19 @@ def _turned(run: Run, position: int) -> dict[str, Any]:
 
 
 class _Memory:
-    """Tells the fork's executor of recorded steps that may have left something running: copies, attention on the host.
-    A measured run's steps ended with all they had begun."""
+    """Tells the fork's executor of recorded steps that may have left something running (copies, attention on the host) or
+    lying on the device (experts). A measured run's steps ended with all they had begun."""
 
     def __init__(self, run: Run, engine: Engine) -> None:
         self._ends = {e.step: e.t for e in run.log_events if isinstance(e, ev.StepFinished)}
         self._engine = engine
-        self._simulated = run.mode == "simulated"
+        self._simulated, self._experts = run.mode == "simulated", _weights(run) != "resident"
         self.busy_until = 0.0  # by the steps planned so far
 
     def planned(self, event: ev.StepPlanned) -> None:
         plan = StepPlan(event.step, event.items, event.moves)
-        if self._simulated and (plan.moves or "cpu" in [item.device for item in plan.items]):
+        left = self._simulated and (plan.moves or "cpu" in [item.device for item in plan.items])
+        if left or (self._experts and plan.items):
             self._engine.executor.resume(self._engine.batch_of(plan), self.busy_until)  # type: ignore[attr-defined]
         if plan.items or plan.moves:
             self.busy_until = max(self.busy_until, self._ends.get(event.step, 0.0))
@@ -213,13 +222,18 @@ def _in_flight(run: Run, scheduler: Scheduler, position: int) -> list[ev.StepFin
     return [ends[step] for step in sorted(scheduler.inflight)]
 
 
-def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayClock) -> Engine:
+def _engine(run: Run, config: EngineConfig, scheduler: Scheduler, clock: ReplayClock, recorded: Mapping[str, Any]) -> Engine:
+    """`recorded`: plug-ins of the recorded run that no registry knows."""
     model = run.started.model
     shape = Shape(**model["shape"])
     cost, device = recorded_cost(run, config), run.started.hardware["name"]
     tokens = RecordedTokens(run, shape.vocab_size)
-    executor = SimExecutor(wall_cost(cost, config.overlap_depth), tokens, clock, {"device": device}, config.block_size,
-                           detailed=config.log_level >= 4)  # fmt: skip
+    wall = wall_cost(cost, config.overlap_depth)
+    if _weights(run) != "resident":
+        known = recorded_config(run, **{"weights": _weights(run), **recorded})
+        executor: SimExecutor = expert_simulation(known, cost, wall, tokens, clock, scheduler.log)
+    else:
+        executor = SimExecutor(wall, tokens, clock, {"device": device}, config.block_size, detailed=config.log_level >= 4)
     facts = ModelFacts(
         model["name"], shape.vocab_size, scheduler.limits.max_model_len, tuple(model["eos_token_ids"]), shape
     )

@@ -18,7 +18,8 @@ from llmlab.events.trace import Run
 from llmlab.types import Durations, FinishReason, Request, StepPlan, StepResult, TraceError
 
 # What the scheduler is told, rather than what it decides.
-INPUTS = (ev.RunStarted, ev.RequestRefused, *SPAN_EVENTS)
+EXPERT_EVENTS = (ev.ExpertFetched, ev.ExpertEvicted, ev.ExpertsDispatched)
+INPUTS = (ev.RunStarted, ev.RequestRefused, *SPAN_EVENTS, *EXPERT_EVENTS)
 
 
 class Schedules(Protocol):
@@ -92,6 +93,9 @@ def feed(scheduler: Schedules, event: ev.Event) -> None:
     elif isinstance(event, SPAN_EVENTS):
         scheduler.log.step = event.step
         scheduler.spans.replay(event)
+    elif isinstance(event, EXPERT_EVENTS):
+        scheduler.log.step = event.step
+        scheduler.log.append(msgspec.structs.replace(event, seq=scheduler.log.num_emitted))
     elif isinstance(event, ev.StepFinished):
         scheduler.commit(StepResult(event.step, event.results, event.measured, lost=event.lost, why=event.lost_why))
 

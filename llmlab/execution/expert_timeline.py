@@ -169,6 +169,10 @@ class ExpertStage:
         hits = sum(use.expert in view.resident for use in work.uses)
         return Dispatch(work, chosen, hits, max([ready, due, *ends]))
 
+    def adopt(self, seam: Seam[WeightPlacement]) -> None:
+        """Go on under another policy, with the experts that are on the device."""
+        self._calls.adopt(seam)
+
     @property
     def deferred(self) -> float:
         """When the work that was put off is done: the end of a step waits for it."""

@@ -66,6 +66,10 @@ class ExpertSimExecutor(SimExecutor):
         dispatches = tuple(told(one.work.layer, one.chosen) for one in self._dispatches)
         return ticket._replace(value=msgspec.structs.replace(ticket.value, experts=dispatches, weight_moves=moves))
 
+    def adopt(self, seam: Seam[WeightPlacement]) -> None:
+        """Go on under another policy, as a fork does."""
+        self._stage.adopt(seam)
+
     def start(self) -> float | None:
         """No leaps: what a step takes depends on which experts it finds."""
         return None

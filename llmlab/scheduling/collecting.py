@@ -22,6 +22,7 @@ class Collecting(Core):
         plan = self.plan_seq.pop(result.step, -1)
         self.log.step = result.step
         self.spans.record(result.spans, plan)
+        self._journal.experts(result, plan)
         updates = self._lose(result, plan) if result.lost else []
         for flight, item_result in zip(flights, result.results, strict=True):
             update = self._commit_item(flight, item_result, plan)
@@ -67,7 +68,6 @@ class Collecting(Core):
     def _close(self, result: StepResult, plan: int, num_tokens: int) -> None:
         foldable = self.log.wants(ev.StepPlanned)  # without plans in the log nobody can check the hash
         state_hash = self.hash.settle() if foldable else self.hash.forget()
-        self._journal.experts(result, plan)
         self._journal.finished(result, plan, num_tokens, state_hash, len(self.running), len(self.waiting))
 
     def _commit_item(self, flight: InFlight, result: ItemResult, plan: int) -> Update | None:

@@ -4,14 +4,17 @@ share a step with what.
     chunked         [decode decode decode | chunk of a prompt ]   every step, up to the budget
     prefill_first   [prompt prompt chunk]  then  [decode decode]  prompts stall decodes
     decode_first    [decode decode] ... until none is left, then  [prompt prompt]
+    spread          [decode decode decode | what the weights carry for nothing ]   many small chunks
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from msgspec.structs import replace
+
 from llmlab.registry import Registry
-from llmlab.seams import Composer, EngineView, Limits, Offers
+from llmlab.seams import Composer, EngineView, LayerCost, Limits, Offers
 from llmlab.types import WorkItem
 
 
@@ -138,6 +141,46 @@ class DecodeFirst:
         return None if left else []
 
 
+class Spread:
+    """Chunked, but prompts are spread over many steps: each takes no more tokens than the linears carry almost for nothing.
+
+    A layer's weights are read once a step, however few rows there are; up to some number of tokens that reading hides
+    their arithmetic. Prompts get that many tokens a step, or one in `over` of all that are there to compute, if those are more.
+    """
+
+    name = "spread"
+
+    def __init__(self, over: int = 8, slower: float = 1.125) -> None:
+        self.over, self.slower = over, slower
+        self._costs: LayerCost | None = None
+        self._carried = 0
+
+    def compose(self, view: EngineView, offers: Offers) -> Sequence[WorkItem]:
+        if not offers.waiting and all(o.num_tokens == 1 for o in offers.running):
+            return fill_running(view, offers)
+        decodes, running = split(offers.running)
+        prompts = [*running, *offers.waiting]
+        room = max(self.carried(view), -(-sum(o.num_tokens for o in prompts) // self.over))
+        budget = min(view.limits.max_num_batched_tokens, len(decodes) + room)
+        items = fill_after(decodes, prompts, replace(view.limits, max_num_batched_tokens=budget))
+        consider_unmixed(view, items)
+        return items
+
+    def carried(self, view: EngineView) -> int:
+        """Tokens, in sixteens, that make a layer's linears at most `slower` times as long as one token does."""
+        costs = view.costs
+        if costs is not None and costs is not self._costs:
+            self._costs, self._carried, limit = costs, 16, self.slower * _linears(costs, 1)
+            while self._carried < view.limits.max_num_batched_tokens and _linears(costs, self._carried + 16) <= limit:
+                self._carried += 16
+        return self._carried or 16
+
+
+def _linears(costs: LayerCost, num_tokens: int) -> float:
+    around = costs.around(num_tokens, 0)
+    return around.before + around.after
+
+
 COMPOSERS: Registry[Composer] = Registry(
-    "composer", {"chunked": Chunked, "prefill_first": PrefillFirst, "decode_first": DecodeFirst}
+    "composer", {"chunked": Chunked, "prefill_first": PrefillFirst, "decode_first": DecodeFirst, "spread": Spread}
 )

@@ -35,6 +35,10 @@ class ExpertCalls(Generic[T]):
         slots = self.store.num_slots
         self.store.load(self._seam.ask(lambda p: p.initial(popularity, slots), self._known))
 
+    def adopt(self, seam: Seam[WeightPlacement]) -> None:
+        """Ask another policy from now on; what is on the device stays there."""
+        self._seam = seam
+
     def look(self, layer: int, uses: tuple[ExpertUse, ...], guess: tuple[ExpertUse, ...]) -> RoutingView:
         """What the policy sees now that the router of `layer` has spoken."""
         self.store.tick += 1

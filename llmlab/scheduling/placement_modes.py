@@ -228,7 +228,7 @@ class Weigher:
         """The CPU rows that the CPU can serve within one pass of the device through all layers, the oldest first."""
         times, layers = self.times, self.num_layers
         joined = -(-len(self.work.away) // (layers + 1))
-        device = layers * (times.linears(self.tokens + joined) + self.attention)
+        device = self._seconds(times.linears(self.tokens + joined) + self.attention, self.tokens + joined, self.emitting + joined)
         chosen: list[WorkItem] = []
         busy = 0.0
         for item in self.work.away:
@@ -252,13 +252,26 @@ class Weigher:
         return {r.id: r.cursor for r in self.view.running if r.cursor}
 
     def asynchronous(self, chosen: Sequence[WorkItem]) -> Mode:
+        """Rows on their way to the host count as if they were there, as far as the CPU could serve them as well. Without them
+        few rows look best in lanes, where steps are long, prompts get through slowly and the rows stay few."""
         cohort = self.num_layers + 1
         joined = -(-len(chosen) // cohort)
         layer = self.times.linears(self.tokens + joined) + self.attention
         busy = sum(map(self.times.row, chosen)) + min(len(chosen), self.num_layers) * self.times.start
-        seconds = max(self._seconds(layer, self.tokens + joined, self.emitting + joined), busy)
-        rate = (self.emitting + len(chosen) / cohort) / seconds if seconds else 0.0
+        device = self._seconds(layer, self.tokens + joined, self.emitting + joined)
+        coming = 0
+        if chosen and len(chosen) == len(self.work.away) and busy < device:
+            coming = min(self._on_the_way(), int((device - busy) * len(chosen) / busy))
+        seconds = max(device, busy)
+        rate = (self.emitting + (len(chosen) + coming) / cohort) / seconds if seconds else 0.0
         return Mode("async_overlap", rate, seconds, "" if chosen else "no CPU row")
+
+    def _on_the_way(self) -> int:
+        """Requests that will decode on the host: their prompts are being computed, or wait and find room there."""
+        away, pool = self.work.away, self.view.pool
+        length = -(-sum(item.tokens[1] for item in away) // len(away))
+        starting = sum(r.home == "cpu" and not r.decoding for r in self.view.running)
+        return starting + min(self.view.num_waiting, pool.num_host_free // pool.blocks_for(length))
 
     def inequality(self, lanes: Lanes) -> tuple[float, float]:
         """N_G / N_C, and what it must stay below for the pipeline to beat the device alone.

@@ -360,8 +360,25 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ConfigError, match="128 experts"):
         config = EngineConfig(model="qwen3-30b-a3b", executor="sim", hardware="a100-80gb", weights="lru")
         run(config, Workload.poisson(rate=1, n=1, prompt=4, output=2))
-    with pytest.raises(ConfigError, match="fork"):
-        offloaded("lru").fork(at=2, victim="most_blocks")
+    with pytest.raises(ConfigError, match="cannot begin or end"):
+        offloaded("lru").fork(at=2, weights="resident")
+
+
+@pytest.mark.parametrize("weights", ["lru", "balanced", "deferred", "similar_past"])
+def test_a_run_with_experts_on_the_host_forks_into_itself(weights: str) -> None:
+    """The fork finds the same experts on the device and the same copies under way."""
+    done = offloaded(weights)
+    same = done.fork(at=done.steps[len(done.steps) // 2].step)
+    assert same.log_events[1:] == done.log_events[1:] and same.verify() == []
+
+
+def test_a_fork_goes_on_under_another_placement_of_experts() -> None:
+    done = offloaded("on_demand", host="xeon-6342-2s")
+    at = done.steps[3].step
+    fork = done.fork(at=at, weights="balanced")
+    assert not any(event.cpu for event in done.events("ExpertsDispatched"))
+    assert {event.step > at for event in fork.events("ExpertsDispatched") if event.cpu} == {True}
+    assert fork.metrics.duration < done.metrics.duration and fork.verify() == []
 
 
 class Dreamer(LRU):
