@@ -159,6 +159,7 @@ def assemble(config: EngineConfig) -> Assembly:
     for seam, registry in REGISTRIES.items():
         registry.resolve(getattr(config, seam))  # names are checked before a model is loaded
     _check_offload(config)
+    _check_host(config)
     clock: Clock = RealClock() if config.executor == "torch" else VirtualClock()
     backend = _torch_backend(config) if config.executor == "torch" else _sim_backend(config)
     num_blocks = config.num_blocks or _default_num_blocks(config, backend)
@@ -668,6 +669,14 @@ def weights_seam(config: EngineConfig, log: EventLog) -> Seam[Any]:
 def _num_slots(config: EngineConfig, shape: shapes.Shape) -> int:
     """Experts that fit on the device: as many as was said, or a quarter of them."""
     return config.num_expert_slots or max(1, shape.moe_layers() * shape.num_experts // 4)
+
+
+def _check_host(config: EngineConfig) -> None:
+    """Placements of ours that keep KV on the host need room there; one's own may ask for what it likes, and is told. Raises
+    ConfigError."""
+    if config.num_host_blocks == 0 and isinstance(config.placement, str) and hasattr(PLACEMENTS.resolve(config.placement), "home"):
+        raise ConfigError("num_host_blocks", 0, f"placement={config.placement!r} keeps KV in host memory, and it gets none",
+                          "Give it blocks, or choose placement='gpu_only'.")  # fmt: skip
 
 
 def _check_offload(config: EngineConfig) -> None:

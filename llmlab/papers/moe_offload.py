@@ -16,6 +16,7 @@ from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.execution.expert_timeline import Host, OffloadRun, RooflineExperts, simulate
 from llmlab.papers import Finding, Progress, Report, Table
+from llmlab.scheduling.expert_calls import told
 from llmlab.scheduling.weights import WEIGHT_PLACEMENTS, Oracle
 from llmlab.seams import WeightPlacement
 from llmlab.workloads.routing import RoutingTrace, load_routing
@@ -241,6 +242,9 @@ def as_run(done: OffloadRun, price: RooflineExperts, policy: str, load: str) -> 
         if fetch.evicted is not None:
             log.emit(ev.ExpertEvicted, layer=fetch.evicted.layer, expert=fetch.evicted.expert, unused=fetch.unused)
         log.emit(ev.ExpertFetched, layer=fetch.unit.layer, expert=fetch.unit.expert, bytes=int(price.num_bytes), reason=fetch.reason)
+    for dispatch in done.dispatches:
+        at = told(dispatch.work.layer, dispatch.chosen)
+        log.emit(ev.ExpertsDispatched, layer=at.layer, device=at.device, fetched=at.fetched, cpu=at.cpu, deferred=at.deferred)
     return Run.of(log)
 
 

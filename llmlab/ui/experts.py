@@ -1,4 +1,4 @@
-"""Which experts were brought to the device and thrown out again, from ExpertFetched and ExpertEvicted events."""
+"""Which experts were brought to the device and thrown out again, and which were found there, from the log of a run."""
 
 from __future__ import annotations
 
@@ -48,16 +48,27 @@ def expert_traffic(run: Run) -> list[Traffic]:
     return [found[key] for key in sorted(found)]
 
 
+def last_seen_resident(run: Run) -> dict[tuple[int, int], bool]:
+    """By layer and expert, of all that were ever wanted: whether it was on the device when it was wanted last."""
+    found: dict[tuple[int, int], bool] = {}
+    for event in run.events("ExpertsDispatched"):
+        found.update({(event.layer, e): False for e in (*event.fetched, *event.cpu, *event.deferred)})
+        found.update({(event.layer, e): True for e in event.device})
+    return found
+
+
 def expert_heat_map(run: Run) -> Any:
     """How often each expert was brought to the device: a row a layer, a column an expert; the number says how often. The
-    more it moved, the more of its cell is filled."""
-    traffic = expert_traffic(run)
+    more it moved, the stronger its colour. An outline marks those that were on the device when they were wanted last."""
+    traffic, resident = expert_traffic(run), last_seen_resident(run)
     if not traffic:
         why = ("Experts that come and go are recorded from log_level=3 on." if run.started.level < 3 else
                "No expert was fetched or evicted after the start: the model has none, or all of them stay on the device.")  # fmt: skip
         return sentence("Which experts move: nothing to show", why, setting(run))
     import altair as alt
 
+    moved = {(t.layer, t.expert) for t in traffic}
+    traffic += [Traffic(*key) for key in sorted(resident) if key not in moved]
     c, most = roles(), max(t.fetched for t in traffic)
     experts, layers = 1 + max(t.expert for t in traffic), 1 + max(t.layer for t in traffic)
     rows = [{"layer": t.layer, "expert": t.expert, "fetched": t.fetched, "demand": t.demand, "evicted": t.evicted,
@@ -73,8 +84,13 @@ def expert_heat_map(run: Run) -> Any:
     if experts * layers <= 400:
         dark = alt.condition(alt.datum.fetched > most / 2, alt.value(c.owner_ink), alt.value(c.ink))
         drawn.append(base.mark_text(fontSize=11).encode(text="fetched:Q", color=dark))
-    width = max(260, min(820, experts * 2 * _CELL))
+    there = [row for row in rows if resident.get((int(row["layer"]), int(row["expert"])))]
     notes = [setting(run), "A cell is an expert; the number says how often it was brought to the device"]
+    if there:
+        outline = alt.Chart(data(there)).mark_rect(fill=None, stroke=c.ink, strokeWidth=1.6).encode(x=x, y=y)
+        drawn.insert(1, outline)
+        notes.append("Outlined: it was on the device when it was wanted last")
+    width = max(260, min(820, experts * 2 * _CELL))
     return alt.layer(*drawn).properties(width=width, height=max(80, min(620, layers * _CELL)),
                                         title=title(finding(traffic), *notes, width=max(width, 560)))  # fmt: skip
 

@@ -107,7 +107,7 @@ def ablation(pieces: Sequence[Piece]) -> Any:
 
     c = roles()
     whole = pieces[-1]
-    rows = [{"name": p.name, "rate": p.rate, "text": f"{p.rate:.0f}   {p.without}", "whole": p is whole} for p in pieces]
+    rows = [{"name": p.name, "rate": p.rate, "text": f"{p.rate:.0f}: {p.without}", "whole": p is whole} for p in pieces]
     base = alt.Chart(data(rows)).encode(
         y=alt.Y("name:N", sort=[p.name for p in pieces], title=None, axis=alt.Axis(grid=False, labelLimit=200)),
         x=alt.X("rate:Q", title="output tokens per second", scale=alt.Scale(domain=[0, 1.9 * max(p.rate for p in pieces)]),

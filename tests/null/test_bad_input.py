@@ -230,3 +230,10 @@ def test_every_log_level_serves_the_same_tokens(log_level: int) -> None:
         assert done[name].outputs[0].token_ids == expected_tokens(engine, spec)
     assert max(type(e).LEVEL for e in engine.log) <= log_level
     assert not engine.scheduler.hash.touched and not engine.scheduler.sequences
+
+
+@pytest.mark.parametrize("placement", ["fastdecode", "neo", "apex"])
+def test_a_placement_on_the_host_without_host_memory_is_refused(placement: str) -> None:
+    with pytest.raises(ConfigError, match=f"num_host_blocks=0: placement='{placement}' keeps KV in host memory"):
+        Engine(EngineConfig(model="llama-2-7b", executor="sim", hardware="t4", placement=placement, num_host_blocks=0))
+    assert Engine(EngineConfig(model="llama-2-7b", executor="sim", hardware="t4", placement="gpu_only", num_host_blocks=0))
