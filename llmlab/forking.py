@@ -17,7 +17,15 @@ from typing import Any
 
 import msgspec
 
-from llmlab.assembly import Assembly, ModelFacts, Redraft, eviction_chooser, expert_simulation, policies_of, weights_seam
+from llmlab.assembly import (
+    Assembly,
+    ModelFacts,
+    Redraft,
+    eviction_chooser,
+    expert_simulation,
+    policies_of,
+    weights_seam,
+)
 from llmlab.config import DRAFT_FIELDS, PLUG_IN_FIELDS, SEAM_FIELDS, EngineConfig
 from llmlab.decoding.draft_trees import plan_of
 from llmlab.decoding.drafts import NGram, Oracle

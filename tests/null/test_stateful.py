@@ -45,6 +45,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "speculation": draw(st.sampled_from([None, Simulated((0.9, 0.6)), Simulated((0.3,)), "ngram"])),
         "num_speculative_tokens": draw(st.integers(1, 6)), "draft_policy": draw(st.sampled_from(DRAFT_POLICIES.names())),
     }
+    if fields["num_host_blocks"] == 0 and fields["placement"] in ("fastdecode", "neo", "apex"):
+        fields["num_host_blocks"] = 1  # none is refused
     return fields
 
 
