@@ -395,7 +395,8 @@ class Proposal(msgspec.Struct, frozen=True):
 @runtime_checkable
 class DraftSource(Protocol):
     """Where drafts come from. Runs beside the executor, once per step for all requests together; one answer for each
-    context, in order. May keep what it learned; drafts never change what a request answers, only how fast. If it raises
+    context, in order. May keep what it learned; drafts never change what a request answers, only how fast (under rejection
+    sampling: never the distribution of its answers, if `Proposal.odds` are true). If it raises
     or answers ids outside the vocabulary, the step goes on without drafts and a `PolicyFailed` event says so. One with
     `reads_hidden = True` is shown the target's states (`DraftContext.hidden`); else nobody gathers them."""
 

@@ -19,7 +19,7 @@ NO_STATES: Mapping[str, Any] = MappingProxyType({})
 
 
 class Drafter:
-    """A guarded source. Drafts never change answers, so whatever it does wrong costs its drafts and nothing else."""
+    """A guarded source. Drafts never make answers wrong, so whatever it does wrong costs its drafts and nothing else."""
 
     def __init__(self, source: DraftSource, vocab_size: int, acceptance: Literal["keyed", "rejection"] = "keyed") -> None:
         self._source, self._vocab_size = source, vocab_size
