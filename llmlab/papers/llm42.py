@@ -237,10 +237,9 @@ def grid_chart(cells: Mapping[tuple[int, int], Cell]) -> Any:
         x=alt.X("W:O", title="tokens of a window, W", axis=alt.Axis(labelAngle=0)), y=alt.Y("N:O", title="requests of a pass, N", sort="descending"))
     low = min(c.rate / top for c in cells.values())
     fill = alt.Color("of best:Q", scale=alt.Scale(range=["#F4F1EC", roles().cached], domain=[max(0.0, low - 0.1), 1.0]), legend=None)
-    ink = alt.condition(alt.datum["of best"] > 0.8, alt.value("white"), alt.value("black"))
     tiles = base.mark_rect(stroke=roles().paper, strokeWidth=2).encode(color=fill)
-    share = base.mark_text(dy=-7, fontSize=15, fontWeight="bold").encode(text="told:N", color=ink)
-    lost = base.mark_text(dy=11, fontSize=11).encode(text="lost:N", color=ink)
+    share = base.mark_text(dy=-7, fontSize=15, fontWeight="bold").encode(text="told:N", color=alt.value(roles().owner_ink))
+    lost = base.mark_text(dy=11, fontSize=11).encode(text="lost:N", color=alt.value(roles().owner_ink))
     heading = title(f"Passes of {best[0]} x {best[1]} verify cheapest here", f"Output tokens a second over the best shape, {REQUESTS} requests, all verified, bf16 on "
                     "this CPU, one thread (measured)", width=640)  # fmt: skip
     sizes = {"width": 110 * len({w for _, w in cells}), "height": 62 * len({n for n, _ in cells})}
