@@ -45,6 +45,8 @@ def test_the_atlas_is_as_old_as_what_the_page_opens_with(record: Record) -> None
     atlas = overlap.read_atlas(gallery.recorded_file("overlap.msgpack.zst"))
     if atlas.mark != record.mark:
         pytest.skip("the atlas is older than overlap.json: `python -m llmlab.applab.record datasets/runs/overlap.msgpack.zst` (minutes)")
+    offered = {Machine(speed, tokens).name for speed in overlap.SPEEDS for tokens in overlap.BUDGETS}
+    assert set(atlas.machines) == offered, "a setting of the sliders is missing"
     for name, one in atlas.machines.items():
         assert set(one.served) == set(one.glimpses) == set(overlap.NAMES), name
         assert overlap.rates_chart(Machine(), one.served, ("neo", "apex")) is not None
