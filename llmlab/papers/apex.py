@@ -271,7 +271,7 @@ class Rule(NamedTuple):
 
 CHUNKED, LONG, SPREAD = Rule(), Rule(tokens=1024), Rule("spread")
 # What each placement is tried with; it is judged by what suits it best.
-RULES = {"gpu_only": (CHUNKED, LONG), "fastdecode": (CHUNKED,), "neo": (CHUNKED, LONG, SPREAD), "apex": (CHUNKED, SPREAD),
+RULES = {"gpu_only": (CHUNKED, LONG, SPREAD), "fastdecode": (CHUNKED,), "neo": (CHUNKED, LONG, SPREAD), "apex": (CHUNKED, SPREAD),
          "overlap_only": (SPREAD,)}  # fmt: skip
 
 
