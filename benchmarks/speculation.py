@@ -25,7 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "draft, k=10": {"speculation": "DRAFT", "num_speculative_tokens": 10},
     "draft, goodput": {"speculation": "DRAFT", "num_speculative_tokens": 10, "draft_policy": "goodput"},
     "heads, k=1": {"speculation": "heads", "num_speculative_tokens": 1}, "heads, k=2": {"speculation": "heads", "num_speculative_tokens": 2},
-    "heads, k=4": {"speculation": "heads", "num_speculative_tokens": 4},
+    "heads, k=4": {"speculation": "heads", "num_speculative_tokens": 4}, "heads, k=8": {"speculation": "heads", "num_speculative_tokens": 8},
     "heads, goodput": {"speculation": "heads", "num_speculative_tokens": 6, "draft_policy": "goodput"},
 }  # fmt: skip
 
