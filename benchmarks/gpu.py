@@ -14,6 +14,7 @@ everything printed (`--json` also writes it after every row); where there is no 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -38,6 +39,7 @@ from llmlab.kernels.dispatch import TorchLinear, device_capability, why_no_cuda
 from llmlab.models.loader import shape_of
 from roofline.memory import weight_bytes
 from roofline.precision import Precision
+from roofline.shapes import Shape
 
 NO_GPU = 3  # exit code
 PARTS = ("machine", "dataflow", "decode", "prefill", "ttft", "peers")
@@ -102,6 +104,7 @@ class Bench:
                 self.options.json.write_text(json.dumps(self.found))
 
     def _let_go(self) -> None:
+        gc.collect()  # an engine is a circle of references, its weights a gigabyte or sixteen
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -239,8 +242,16 @@ def prefill_row(bench: Bench, count: int, length: int) -> Row:
             finish(engine)
             seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds[1:])
-        rate = 2 * engine.model.shape.num_params() * count * length / median / 1e12
+        rate = prefill_flops(engine.model.shape, count, length) / median / 1e12
     return {"tokens/s": count * length / median, "TFLOP/s": rate, "of the product's rate": rate / bench.machine["product TFLOP/s"]}
+
+
+def prefill_flops(shape: Shape, count: int, length: int) -> float:
+    """Operations of `count` prompts: layers for every token, the head for the last of each, half of the square of attention."""
+    table = shape.vocab_size * shape.hidden_size
+    layers = shape.num_params() - table * (1 if shape.tied else 2)
+    attention = 2 * length**2 * shape.num_heads * shape.head_dim * shape.num_layers
+    return float(count * (2 * layers * length + 2 * table + attention))
 
 
 def ttft(bench: Bench) -> list[Case]:
