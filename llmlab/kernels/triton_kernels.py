@@ -218,9 +218,10 @@ class TritonKernels(BaseKernels):
 
     def __init__(self, capability: Capability, dtype: torch.dtype = torch.float16, unified: UnifiedMax | None = None,
                  dataflow: DataflowTable | None = None) -> None:  # fmt: skip
-        """`unified`: decoding rows are attended to around one maximum; `dataflow`: kernels of linear layers by rows, as
+        """`unified`: decoding rows are attended to around one maximum, on tensor cores; `dataflow`: kernels of linear layers by rows, as
         measured. Neither by default: nobody has measured what they gain."""
-        self.capability, self._dtype, self._unified, self._dataflow = capability, dtype, unified, dataflow or {}
+        self.capability, self._dtype, self._dataflow = capability, dtype, dataflow or {}
+        self._unified = unified if capability.tensor_cores else None  # sums in registers leave none for a second loop: they spill
         self.repaired: Tensor | None = None  # units of the last attention that the one maximum did not suit, by program
 
     # -------------------------------------------------------------------------------- linear layers

@@ -72,7 +72,8 @@ def test_attention_around_one_maximum(name: str, suits: bool, dtype: torch.dtype
     kernels = TritonKernels(device_capability("cuda"), dtype, scheme)
     state = kernels.paged_attention(*on_gpu(built, dtype).arguments())
     np.testing.assert_allclose(state.out.float().cpu().numpy(), out, atol=LIMIT[dtype] * max(1.0, np.abs(out).max()))
-    assert kernels.repaired is not None and (suits or int(kernels.repaired.sum()) > 0)
+    if kernels.capability.tensor_cores:
+        assert kernels.repaired is not None and (suits or int(kernels.repaired.sum()) > 0)
 
 
 @pytest.mark.parametrize("kernel", ["rows", "flat"])

@@ -113,9 +113,9 @@ def _around_one(card: Capability, built: Built, phi: float | None = None) -> tup
 
 
 @pytest.mark.parametrize("name", ["decoding", "decoding, blocks of 32", "odd group, odd head", "window", "cap"])
-def test_decoding_around_one_maximum_is_the_same_attention(name: str, card: Capability) -> None:
+def test_decoding_around_one_maximum_is_the_same_attention(name: str, kernels: TritonKernels) -> None:
     built = build(CASES[name])
-    kernels, state = _around_one(card, built)
+    kernels, state = _around_one(kernels.capability, built)
     out, lse = expected(built)
     np.testing.assert_allclose(state.out.numpy(), out, atol=5e-6)
     known = ~torch.isnan(state.lse).numpy()
@@ -124,26 +124,33 @@ def test_decoding_around_one_maximum_is_the_same_attention(name: str, card: Capa
 
 
 @pytest.mark.parametrize("phi", [-200.0, 200.0])
-def test_a_maximum_that_does_not_suit_is_noticed_and_every_unit_computed_again(phi: float, card: Capability) -> None:
+def test_a_maximum_that_does_not_suit_is_noticed_and_every_unit_computed_again(phi: float, kernels: TritonKernels) -> None:
     built = build(CASES["decoding"])
-    kernels, state = _around_one(card, built, phi)
+    kernels, state = _around_one(kernels.capability, built, phi)
     np.testing.assert_allclose(state.out.numpy(), expected(built)[0], atol=5e-6)
     plan = kernels.plans(built.meta, 2, 2, 32, None).classes[0]
     assert kernels.repaired is not None and int(kernels.repaired.sum()) == len(plan.queue) > 3
 
 
-def test_only_the_rows_that_overflow_are_computed_again(card: Capability) -> None:
+def test_only_the_rows_that_overflow_are_computed_again(kernels: TritonKernels) -> None:
     """Queries 30 times as large leave the band that the others were calibrated on."""
     built = build(CASES["decoding, blocks of 32"])
     scheme = calibrate(expected(built)[1], "float16").scheme
     built.q[0] *= 30
-    kernels = TritonKernels(card, unified=scheme)
+    kernels = TritonKernels(kernels.capability, unified=scheme)
     state = kernels.paged_attention(*built.arguments())
     np.testing.assert_allclose(state.out.numpy(), expected(built)[0], atol=2e-5)
     plan = kernels.plans(built.meta, built.k_cache.shape[1], 4, 64, None).classes[0]
     repaired = int(kernels.repaired.sum()) if kernels.repaired is not None else 0
     rows = plan.items[(plan.queue // built.k_cache.shape[1]).long(), 0]
     assert 0 < repaired <= int((rows == 0).sum()) < len(plan.queue)
+
+
+def test_without_tensor_cores_the_maximum_runs_along() -> None:
+    built = build(CASES["decoding"])
+    kernels, state = _around_one(SMALL["t4"], built, 200.0)
+    np.testing.assert_allclose(state.out.numpy(), expected(built)[0], atol=5e-6)
+    assert kernels.repaired is None
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "t4"), (torch.float16, "h100"), (torch.bfloat16, "h100")])
