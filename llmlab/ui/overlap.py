@@ -132,9 +132,9 @@ def by_output(points: Sequence[tuple[float, str, float]]) -> Any:
     ends = sorted({out for out, _, _ in points})
     x = alt.X("out:Q", title="tokens out (in the mean)", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(values=ends, format="d"))
     color = alt.Color("name:N", title=None, scale=alt.Scale(domain=names, range=[c.waiting, c.prefill, c.decode][: len(names)]),
-                      legend=alt.Legend(orient="top"))  # fmt: skip
+                      legend=alt.Legend(orient="right"))  # fmt: skip
     base = alt.Chart(data(rows)).encode(x=x, y=alt.Y("rate:Q", title="output tokens per second"), color=color)
     gain = [rate[out, "apex"] / rate[out, "neo"] for out in ends]
     return (base.mark_line(strokeWidth=2) + base.mark_point(filled=True, size=70)).properties(width=WIDTH, height=300, title=title(
-        f"The longer the answers, the more overlap gains over the pipeline: {gain[0]:.2f}x at {ends[0]:.0f} tokens, {gain[-1]:.2f}x at {ends[-1]:.0f}",
+        f"Overlap yields {gain[0]:.2f} times the pipeline's tokens at {ends[0]:.0f} tokens out, {gain[-1]:.2f} times at {ends[-1]:.0f}",
         "Closed loop. Simulated: Llama-3.1-8B on an A10, 26,400 KV tokens, 1,000 in, a CPU at 8 % of its attention"))  # fmt: skip
