@@ -45,14 +45,14 @@ Gains = Mapping[tuple[str, int, str], float]  # device or suite, batch, contende
 
 
 class Point(NamedTuple):
-    """A real run on this CPU: output tokens a second over plain decoding, what the roofline foretells, and the mean
-    acceptance over the positions that were drafted."""
+    """A real run on this CPU: output tokens a second over plain decoding, what the cost model foretells (None: it
+    does not know what these drafts cost, nor that they end early), and the mean acceptance over the positions that were drafted."""
 
     source: str
     batch: int
     k: int
     gain: float
-    predicted: float
+    predicted: float | None
     acceptance: float
 
 
@@ -135,7 +135,8 @@ def _point(source: str, k: int, batch: int, rounds: int) -> Point:
         drafts: Any = drafting.engine.scheduler.policies.drafting
         held = acceptance_by_position(drafting.log)[:k]
         gain = statistics.median(p / d for p, d in zip(*(seconds[1:] for seconds in times), strict=True))
-    return Point(source, batch, k, gain, predicted_gain(drafts.outlook, batch, held, k, 32), _mean(held))
+    predicted = None if source == "heads" else predicted_gain(drafts.outlook, batch, held, k, 32)
+    return Point(source, batch, k, gain, predicted, _mean(held))
 
 
 def _seconds(llm: LLM, prompts: Sequence[str], batch: int) -> float:
@@ -262,7 +263,7 @@ def tables(held: Mapping[tuple[str, str], Sequence[float]], gains: Gains, device
 
 
 def cpu_table(points: Sequence[Point]) -> Table:
-    rows = tuple((p.source, str(p.batch), str(p.k), f"{p.acceptance:.2f}", f"{p.gain:.2f}", f"{p.predicted:.2f}") for p in points)
+    rows = tuple((p.source, str(p.batch), str(p.k), f"{p.acceptance:.2f}", f"{p.gain:.2f}", "-" if p.predicted is None else f"{p.predicted:.2f}") for p in points)
     return Table(f"Throughput over plain decoding, {PAIR[0]} on this CPU", ("drafts of", "batch", "k", "acceptance", "of plain", "foretold"), rows,
                  "measured, one thread, arithmetic, prompts included; foretold: the cost model of the engine")  # fmt: skip
 
@@ -287,7 +288,8 @@ def acceptance_chart(held: Mapping[tuple[str, str], Sequence[float]]) -> Any:
             color=alt.Color("drafts of:N", scale=alt.Scale(domain=[*colours], range=[*colours.values()]), legend=alt.Legend(title="drafts of", orient="right")))
         text = base.mark_text(dy=-7, fontSize=9).encode(y="held:Q", text="label:N")
         panels.append(alt.layer(bars, text).properties(width=330, height=200, title=suite))
-    heading = title("How often drafts hold, by position", f"{PAIR[0]}, greedy, held-out problems (measured)", width=340 * len(panels))
+    heading = title("How often drafts hold, by position", f"{PAIR[0]}, greedy, held-out problems (measured)", "Heads end a proposal before an unlikely token",
+                    width=340 * len(panels))
     return alt.hconcat(*panels).properties(title=heading)
 
 
@@ -297,7 +299,8 @@ def surface_chart(held: Mapping[tuple[str, str], Sequence[float]], gains: Gains,
     costs = costs_on(*DEVICES[0])
     tiles = [_tile(b, a / 10, k, predicted_run_gain(costs, b, a / 10, k)) for k in LENGTHS for b in (1, 2, 4, 8, 16, 32, 64, 128, 256) for a in range(1, 11)]
     points = [_tile(b, _mean(held[PAIR[1], suite][:k]), k, gains[DEVICES[0][0] if suite == suites[0] else suite, b, f"k={k}"])
-              for suite in suites for k in LENGTHS for b in batches]  # fmt: skip
+              for suite in reversed(suites) for k in LENGTHS for b in batches]  # fmt: skip
+    points = list({(p["batch"], p["acceptance"], p["k"]): p for p in points}.values())  # where two fall together, the first suite's
     return _surface(tiles, points, LENGTHS, "Drafting pays while the step waits for memory",
                     f"{LARGE[0]} with {LARGE[1]} on an A10, {PROMPT} tokens in, {OUTPUT} out: tiles by roofline, rings from simulated runs with the acceptance of the lab pair on "
                     f"{', '.join(suites)} (measured)")  # fmt: skip
