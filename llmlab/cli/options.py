@@ -68,7 +68,7 @@ ABOUT: Mapping[str, About] = {
     "routing": About("Model and machine", "Recorded routing that simulated experts follow: a name or a file."),
     "layer_window": About("Model and machine", "Layers kept in memory while the others are read from disk; auto: all."),
     "fixed_rows": About("Batching", "Tokens in a pass with fixed numerics (deterministic requests)."),
-    "speculation": About("Speculation", "Where drafts come from: ngram, suffix, or a draft model of the same vocabulary; simulated: how often they "
+    "speculation": About("Speculation", "Where drafts come from: ngram, suffix, heads, or a draft model of the same vocabulary; simulated: how often they "
                          "hold, and whose they are (0.8,0.7@llama-3.2-1b).",
                          ("--speculate", "--speculation")),
     "num_speculative_tokens": About("Speculation", "Drafts a request at most, verified in one step.",
