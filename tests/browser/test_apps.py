@@ -50,6 +50,7 @@ def test_engine_room(browser: Any, lab: str, screenshots: Path) -> None:
     took = page.open(f"{lab}engine_room/", ".llt")
     assert took < 20, f"the first picture took {took:.1f} s"
     page.becomes(lambda: "The model is being loaded" not in page.text(), "the model is never loaded", 90)
+    page.becomes(lambda: "waiting" in page.text(".llt .tiles"), "nothing is drawn of the engine itself", 60)
     page.becomes(lambda: number(page, "step") > 3, "no step is made")
     before = number(page, "step")
     page.becomes(lambda: number(page, "step") > before, "the engine stands still")
