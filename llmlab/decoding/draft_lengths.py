@@ -15,6 +15,9 @@ from llmlab.seams import DraftLengths, DraftOutlook, DraftPolicy, EngineView
 from llmlab.types import WorkItem
 
 PRIOR = 0.6  # acceptance of a request that no draft of was verified yet
+HOPE = 0.9  # acceptance at which drafts must pay, or they are not even tried
+AGAIN = 16
+PATIENCE = 3  # lengths without gain behind the best one, after which no longer ones are priced
 PRESSED = 0.05  # share of free blocks below which nobody drafts
 
 
@@ -65,30 +68,53 @@ class ByAcceptance:
 class ByGoodput:
     """The one length for all that promises the most tokens a second: the cost model prices the step that would verify
     them, and the drafting; no drafts where none promises `margin` times plain decoding: predictions err, and the draft
-    model must read the prompts, too."""
+    model must read the prompts, too. Requests that no draft of was verified yet count as the others do on average.
+
+    Who never drafts never learns that drafts would hold. So while nothing is known, and at every AGAIN-th token of the
+    oldest request, that one tries `trial` drafts, if they would pay at an acceptance of HOPE."""
 
     name = "goodput"
 
-    def __init__(self, margin: float = 1.15) -> None:
+    def __init__(self, margin: float = 1.15, trial: int = 3) -> None:
         self.margin = margin
+        self.trial = trial
 
     def lengths(self, view: EngineView, items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths:
         if pressed(view):
             return DraftLengths((0,) * len(items), "KV memory is short")
         rates = acceptances(view)
-        known = [rates.get(item.request, PRIOR) for item in items]
-        shares = Counter([round(rate, 1) for rate in known])
-        options = []
-        for k in range(outlook.longest + 1):
-            tokens = sum([count * expected_tokens(rate, k) for rate, count in shares.items()])
-            options.append((k, outlook.seconds(items, k) / tokens))
+        if rates:
+            usual = sum(rates.values()) / len(rates)
+            answer = self._best([rates.get(item.request, usual) for item in items], items, outlook)
+            if answer.lengths[0] or items[0].tokens[1] % AGAIN:
+                return answer
+        hoped = self._best([HOPE] * len(items), items, outlook)
+        if not hoped.lengths[0]:
+            return answer if rates else hoped
+        lengths = (min(self.trial, outlook.longest), *(0,) * (len(items) - 1))
+        return DraftLengths(lengths, f"a trial: {hoped.reason}", hoped.options)
+
+    def _best(self, known: Sequence[float], items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths:
+        """The best length if drafts hold as often as `known` says of each request."""
+        options = self._options(Counter([round(rate, 1) for rate in known]), items, outlook)
         best, seconds = min(options, key=lambda o: (o[1], o[0]))
         if options[0][1] < self.margin * seconds:
             best, seconds = options[0]
-        gain = options[0][1] / seconds
-        mean = sum(known) / len(known)
+        gain, mean = options[0][1] / seconds, sum(known) / len(known)
         reason = f"{gain:.2f} times the tokens a second of plain decoding, at an acceptance of {mean:.2f}"
-        return DraftLengths((best,) * len(items), reason, tuple(options))
+        return DraftLengths((best,) * len(items), reason, options)
+
+    def _options(self, shares: Counter[float], items: Sequence[WorkItem], outlook: DraftOutlook) -> tuple[tuple[int, float], ...]:
+        """Lengths with their seconds a token, from none up to some behind the best."""
+        options: list[tuple[int, float]] = []
+        best = 0
+        for k in range(outlook.longest + 1):
+            tokens = sum([count * expected_tokens(rate, k) for rate, count in shares.items()])
+            options.append((k, outlook.seconds(items, k) / tokens))
+            best = k if options[k][1] < options[best][1] else best
+            if k - best == PATIENCE:
+                break
+        return tuple(options)
 
 
 def acceptances(view: EngineView) -> dict[str, float]:

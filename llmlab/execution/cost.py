@@ -42,6 +42,8 @@ CPU_STEP_SECONDS = 1.2e-4
 # The same for one pass of a draft model, which no scheduler plans: from benchmarks/speculation.py, lab-m with lab-xs, rounds
 # of 3 and of 6 drafts, one thread.
 CPU_DRAFT_SECONDS = 1.2e-4
+# And what the engine does between two steps: planning, committing, answers. Of one stream, docs/benchmarks.md.
+CPU_ENGINE_SECONDS = 1.6e-4
 DEFAULT_HOST = "xeon-6130-2s"  # the CPU beside a GPU, if nobody says which
 
 
@@ -359,10 +361,19 @@ def draft_outlook(cost: CostModel, draft_cost: CostModel | None, longest: int) -
         if key not in known:
             ahead = [WorkItem(i.request, Span(length, length + 1 + k), drafts=(0,) * k) for i in items]
             behind = [WorkItem(i.request, Span(length - 1, length)) for i in items]
-            known[key] = cost.step(ahead).seconds + draft_seconds(draft_cost, behind, k)
+            known[key] = _between_steps(cost, ahead) + cost.step(ahead).seconds + draft_seconds(draft_cost, behind, k)
         return known[key]
 
     return DraftOutlook(longest, seconds)
+
+
+def _between_steps(cost: CostModel, items: Sequence[WorkItem]) -> float:
+    """The engine's own time for a step, which a token that came as a draft does not need."""
+    if not isinstance(cost, RooflineCost):
+        return 0.0
+    if isinstance(cost.model, ProfileCost):
+        return cost.engine_seconds(items)
+    return CPU_ENGINE_SECONDS if cost.hardware.kind == "cpu" else 0.0
 
 
 class WallCost:

@@ -10,7 +10,8 @@ from llmlab.scheduling.core import FINISHED, Core, InFlight, Update
 from llmlab.scheduling.seamcalls import checked_commit
 from llmlab.types import DEVICE_MEMORY, Commit, ItemResult, Sequence, Status, StepResult, WorkItem, total_tokens
 
-ACCEPTANCE_WEIGHT = 0.2  # of the newest verification in a request's moving average
+FIRST_ACCEPTANCE = 0.6  # counts as one draft at the start of a request's moving average
+ACCEPTANCE_MEMORY = 0.9  # what each newer draft leaves of it
 
 
 class Collecting(Core):
@@ -142,7 +143,10 @@ class Collecting(Core):
             path = accepted_path(item, accepted)
             tried, before = min(max(depths(item)), len(path) + 1), seq.acceptance  # drafts behind a wrong one tell nothing
             share = len(path) / tried
-            seq.acceptance = share if before is None else before + ACCEPTANCE_WEIGHT * (share - before)
+            if before is None:
+                seq.acceptance = (len(path) + FIRST_ACCEPTANCE) / (tried + 1)
+            else:
+                seq.acceptance = share + ACCEPTANCE_MEMORY**tried * (before - share)
             self._journal.verified(item, path, accepted, self._draft_source, plan)
         if result.draft_error is not None:
             self.log.emit(ev.PolicyFailed, seq.id, plan, seam="drafts", policy=self._draft_source, error=result.draft_error,

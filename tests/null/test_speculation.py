@@ -267,6 +267,33 @@ def test_goodput_stops_drafting_where_the_step_is_bound_by_arithmetic() -> None:
     assert ByGoodput().lengths(view([0.99], free=0), items(1), outlook).lengths == (0,)
 
 
+def test_goodput_tries_drafts_that_nothing_is_known_of() -> None:
+    """One request, and only where drafts could pay; again every sixteenth token of a request that drafts nothing."""
+    cheap, dear = (DraftOutlook(6, lambda items, k, each=each: 1.0 + each * k) for each in (0.05, 0.95))  # type: ignore[misc]
+    policy = ByGoodput(trial=2)
+    assert policy.lengths(view([None] * 3), items(3), cheap).lengths == (2, 0, 0)
+    assert policy.lengths(view([None] * 3), items(3), dear).lengths == (0, 0, 0)
+    assert policy.lengths(view([None, 0.9]), items(2), cheap).lengths == (6, 6), "the others' average serves for the new one"
+    tried = [policy.lengths(view([0.0]), items(1, at=at), cheap).lengths[0] for at in range(64, 96)]
+    assert tried.count(2) == 2 and tried.count(0) == 30
+    assert policy.lengths(view([0.0]), items(1, at=63), dear).lengths == (0,)
+
+
+def test_a_request_s_acceptance_counts_drafts_and_not_verifications() -> None:
+    """Three that held weigh three times as much as one that did not."""
+    found = []
+    for held in ((1.0,), (0.0,)):
+        engine = sim_engine(speculation=Simulated(held), num_speculative_tokens=3)
+        engine.add_request([5] * 8, SamplingParams(max_tokens=16, temperature=0.0))
+        seen = []
+        while engine.has_unfinished_requests():
+            engine.step()
+            seen += [seq.acceptance for seq in engine.scheduler.running.values() if seq.acceptance is not None]
+        found.append(seen[:2])
+    assert found[0] == pytest.approx([3.6 / 4, 1 - 0.9**3 * 0.1]), "three held of three, with 0.6 of one more before them"
+    assert found[1] == pytest.approx([0.6 / 2, 0.9 * 0.3])
+
+
 def _shape(name: str) -> Any:
     from roofline import shapes
 
