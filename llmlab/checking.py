@@ -26,7 +26,7 @@ import sys
 import time
 import tracemalloc
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice, pairwise
 from pathlib import Path
@@ -47,7 +47,7 @@ from llmlab.scheduling import seamcalls
 from llmlab.scheduling.watchdog import Overrun, Watchdog
 from llmlab.seams import BlockView, EngineView, Limits, Offers, RequestView
 from llmlab.sweeping import pack
-from llmlab.types import ConfigError, PolicyError, unknown_name
+from llmlab.types import ConfigError, PolicyError, total_tokens, unknown_name
 from llmlab.workloads.source import Finished, TimedRequest
 from llmlab.workloads.workload import Workload
 
@@ -370,7 +370,7 @@ def _order(ask: _Asking) -> list[str]:
     sentences = {}
     for what, case, turned in _turned(ask):
         here, there = ask.answer(case), ask.answer(turned)
-        if not here.error and not there.error and ask.seam.choice(here.value) != ask.seam.choice(there.value):
+        if not here.error and not there.error and not _agree(ask, case, here, there):
             sentences[what] = (f"the order of {what} matters: for {case.name} {ask.seam.method}() said {_short(here.value)}, and "
                                f"{_short(there.value)} when they were listed the other way round.")  # fmt: skip
     return list(sentences.values())
@@ -389,6 +389,21 @@ def _turned(ask: _Asking) -> Iterator[tuple[str, Case, Case]]:
             roomy = replace(view, limits=Limits(1 << 20, 1 << 40, view.limits.max_model_len))
             turned = Offers(rest[0].running[::-1], rest[0].waiting[::-1])
             yield "offers that all fit", Case(case.name, (roomy, rest[0])), Case(case.name, (roomy, turned))
+
+
+def _sum_and_decodes(spans: Iterable[tuple[str, int, int]]) -> tuple[int, list[str]]:
+    lengths = {name: stop - start for name, start, stop in spans}
+    return sum(lengths.values()), sorted(name for name, length in lengths.items() if length == 1)
+
+
+def _agree(ask: _Asking, case: Case, here: Answer, there: Answer) -> bool:
+    """Whether two answers choose the same. A composer that leaves something out of what would fit has a budget of its own
+    for prompts: how much of whose it computes may depend on the order then, the sum may not, nor who decodes."""
+    if ask.subject.seam == "composer" and isinstance(case.args[1], Offers):
+        offered = total_tokens([*case.args[1].running, *case.args[1].waiting])
+        if sum(stop - start for _, start, stop in here.value) < offered:
+            return _sum_and_decodes(here.value) == _sum_and_decodes(there.value)
+    return bool(ask.seam.choice(here.value) == ask.seam.choice(there.value))
 
 
 def _keeps(ask: _Asking, answers: Sequence[Answer]) -> list[str]:

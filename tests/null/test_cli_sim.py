@@ -592,7 +592,8 @@ def test_drafts_of_a_simulation_hold_as_often_as_they_are_said_to() -> None:
 
 
 def test_every_field_that_shapes_a_simulation_is_an_option() -> None:
-    of_real_runs = {"executor", "device", "kernels", "num_threads", "random_weights", "trace", "layer_window", "acceptance"}
+    of_real_runs = {"executor", "device", "kernels", "num_threads", "random_weights", "trace", "layer_window", "acceptance",
+                    "on_device_loss"}  # fmt: skip
     assert set(simulating.FIELDS) == set(EngineConfig.__struct_fields__) - of_real_runs
 
 
