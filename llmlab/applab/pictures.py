@@ -10,6 +10,8 @@ from typing import Any
 
 from llmlab.ui import theme
 
+NARROW = 690  # pixels of the plotting area on a page of 800
+
 
 @cache
 def _one_at_a_time() -> threading.Lock:
@@ -65,10 +67,23 @@ def _page_chart(spec: dict[str, Any]) -> Any:
     if note:
         return mo.vstack([words, mo.md(note)], gap=0)
     spec["background"] = spec["config"]["background"] = "transparent"
-    if isinstance(spec.get("width"), (int, float)) and "vconcat" not in spec:
-        spec |= {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
     spec["usermeta"] = {"embedOptions": {"actions": False}}
-    return mo.vstack([words, Spec(spec)], gap=0)
+    beside = spec.pop("hconcat", None)
+    if beside is None:
+        return mo.vstack([words, Spec(_fitted(spec))], gap=0)
+    panels = [mo.as_html(Spec(_fitted({**spec, **panel}))).style(flex=f"{panel['width']} 1 {panel['width'] // 2}px", min_width="0") for panel in beside]
+    return mo.vstack([words, mo.hstack(panels, gap=1.5, wrap=True)], gap=0)
+
+
+def _fitted(spec: dict[str, Any]) -> dict[str, Any]:
+    """As wide as the page; charts above one another, which cannot be, no wider than a narrow page."""
+    if "vconcat" in spec:
+        widest = max([part["width"] for part in spec["vconcat"] if "width" in part], default=NARROW)
+        share = min(1.0, NARROW / widest)
+        return {**spec, "vconcat": [part | {"width": share * part["width"]} if "width" in part else part for part in spec["vconcat"]]}
+    if isinstance(spec.get("width"), (int, float)):
+        return {**spec, "width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+    return spec
 
 
 def _lines(heading: Any, part: str) -> str:
