@@ -103,7 +103,8 @@ def others_chart(pool: Pool, found: Mapping[str, Mapping[str, Account]], like: R
                 for name, one in accounts.items() for kind, word in _KINDS if kind == "hit" or knob != "eviction"]  # fmt: skip
         x = alt.X("choice:N", sort=list(accounts), title=knob, axis=alt.Axis(labelAngle=0, grid=False))
         y = alt.Y("share:Q", title="share of tokens", axis=alt.Axis(format="%", tickCount=5), scale=alt.Scale(domain=[0, 1]))
-        colour = alt.Color("kind:N", title=None, scale=alt.Scale(domain=[w for _, w in _KINDS], range=[c.cached, c.waiting]))
+        legend = None if knob == "eviction" else alt.Legend(orient="bottom")
+        colour = alt.Color("kind:N", title=None, legend=legend, scale=alt.Scale(domain=[w for _, w in _KINDS], range=[c.cached, c.waiting]))
         faint = alt.condition("datum.now", alt.value(1.0), alt.value(0.45))
         bars = alt.Chart(data(rows)).mark_bar().encode(x=x, y=y, xOffset="kind:N", color=colour, opacity=faint)
         text = alt.Chart(data(rows)).mark_text(dy=-7, fontSize=11).encode(
