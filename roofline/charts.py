@@ -457,7 +457,8 @@ def lens_gains(comparisons: Sequence[Comparison], detail: str) -> Any:
             for kind, gain in zip(kinds, (c.speedup, c.energy_gain), strict=True)]  # fmt: skip
     spans: list[dict[str, Any]] = [{"lens": c.name, "low": min(c.speedup, c.energy_gain), "high": max(c.speedup, c.energy_gain),
               "text": f"x{c.speedup:.2f} speed, x{c.energy_gain:.2f} energy"} for c in ranked]  # fmt: skip
-    low, high = min(0.8, *(s["low"] for s in spans)) * 0.95, max(s["high"] for s in spans) * 1.25  # room for the words
+    low, most = min(0.8, *(s["low"] for s in spans)) * 0.95, max(s["high"] for s in spans)
+    high = most * (most / low) ** 0.5  # a third of the logarithmic axis is room for the words, on narrow pages too
     ticks = [t for t in (0.25, 0.5, 0.8, 1, 1.2, 1.5, 2, 3, 4, 6, 8, 16, 32) if low <= t <= high]
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     x = alt.X("gain:Q", title="gain (log scale)", scale=scale, axis=alt.Axis(values=ticks, format="~g"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from llmlab.applab import experts, gallery, kv, roof, spec, traces
+from llmlab.applab import experts, gallery, kv, pictures, roof, spec, traces
 from llmlab.events import catalog as ev
 from llmlab.runs import Run
 from llmlab.types import Cost, LabError
@@ -122,3 +122,12 @@ def test_more_room_for_experts_is_never_slower_and_the_finding_says_what_was_run
     assert f"{runs['on_demand'].metrics.output_throughput:.3g} tokens" in said and "(1 times" in said
     with theme.enable("dark"):
         assert experts.chart(of, runs).to_dict()["title"]["text"]
+
+
+def test_charts_above_one_another_fit_a_narrow_page_on_one_scale() -> None:
+    parts = [{"width": 820, "height": 60}, {"width": 410}, {"mark": "bar"}]
+    fitted = pictures._fitted({"vconcat": parts, "config": {}})["vconcat"]
+    assert fitted[0] == {"width": pictures.NARROW, "height": 60} and fitted[1] == {"width": pictures.NARROW / 2}
+    assert fitted[2] == {"mark": "bar"} and parts[0]["width"] == 820
+    assert pictures._fitted({"vconcat": [{"width": 300}]})["vconcat"] == [{"width": 300}], "nothing is made wider"
+    assert pictures._fitted({"width": 500})["width"] == "container"
