@@ -20,7 +20,7 @@ from llmlab.decoding.speculative import accepted_path, depths, paths, within
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.events.metrics import acceptance_by_position
-from llmlab.execution.cost import RooflineCost, draft_outlook
+from llmlab.execution.cost import CPU_ENGINE_SECONDS, RooflineCost, draft_outlook
 from llmlab.replaying import replay_decisions
 from llmlab.runs import Run
 from llmlab.scheduling.composers import slimmed
@@ -277,6 +277,14 @@ def test_goodput_tries_drafts_that_nothing_is_known_of() -> None:
     tried = [policy.lengths(view([0.0]), items(1, at=at), cheap).lengths[0] for at in range(64, 96)]
     assert tried.count(2) == 2 and tried.count(0) == 30
     assert policy.lengths(view([0.0]), items(1, at=63), dear).lengths == (0,)
+
+
+def test_on_a_cpu_a_round_also_takes_the_engine_s_own_time() -> None:
+    """Which a token that came as a draft does not need; on a GPU it hides behind the step."""
+    for machine, own in (("cpu-2core", CPU_ENGINE_SECONDS), ("a10", 0.0)):
+        cost = RooflineCost(_shape("lab-m"), machine, 16)
+        step = cost.step([WorkItem("r0", Span(512, 513))]).seconds
+        assert draft_outlook(cost, None, 6).seconds(items(1), 0) == pytest.approx(step + own, rel=1e-12)
 
 
 def test_a_request_s_acceptance_counts_drafts_and_not_verifications() -> None:
