@@ -9,7 +9,7 @@ with app.setup:
     from llmlab.applab import pages, words
     from llmlab.applab.live import shared_engine
     from llmlab.applab.timeline import LiveTimeline, Pump
-    from llmlab.assembly import REGISTRIES
+    from llmlab.plugins import REGISTRIES
 
 
 @app.cell(hide_code=True)

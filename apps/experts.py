@@ -7,7 +7,7 @@ with app.setup:
     import marimo as mo
 
     from llmlab.applab import experts, pages, pictures
-    from llmlab.assembly import REGISTRIES
+    from llmlab.plugins import REGISTRIES
     from llmlab.ui import figures
 
 

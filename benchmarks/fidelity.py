@@ -120,7 +120,7 @@ def model_source(model: str, folder: Path) -> str:
 
 
 def profile_of(source: str, threads: int, file: Path) -> Any:
-    from llmlab.assembly import roofline_shape
+    from llmlab.backends import roofline_shape
     from llmlab.config import EngineConfig
     from llmlab.execution.profiling import loaded_for, measure
     from roofline.profile import read, write

@@ -476,10 +476,10 @@ def main() -> None:
 
 def rehearse(options: argparse.Namespace) -> dict[str, Any]:
     """Every part on the CPU, with the executor that a GPU would have."""
-    from llmlab import assembly
+    from llmlab import executors
 
     options.model, options.batches, options.context, options.requests, options.steps = "llama-28m", [1, 2], 64, 4, 8
-    assembly.device_line = lambda loaded: HostLine(loaded.device)
+    executors.device_line = lambda loaded: HostLine(loaded.device)
     print("REHEARSAL on the CPU: no number below is of a GPU.")
     return measure(options, HostLine(), {"rehearsal": True, "dtype": "torch.float32"})
 

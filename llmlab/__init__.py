@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llmlab.assembly import register
     from llmlab.checking import check
     from llmlab.comparing import compare
     from llmlab.config import EngineConfig
     from llmlab.engine import Engine
     from llmlab.llm import LLM
+    from llmlab.plugins import register
     from llmlab.running import run
     from llmlab.runs import Run
     from llmlab.sweeping import sweep
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HOME = {
     "LLM": "llmlab.llm", "SamplingParams": "llmlab.types", "Engine": "llmlab.engine",
     "EngineConfig": "llmlab.config", "run": "llmlab.running", "Run": "llmlab.runs",
-    "Workload": "llmlab.workloads.workload", "register": "llmlab.assembly", "LabError": "llmlab.types",
+    "Workload": "llmlab.workloads.workload", "register": "llmlab.plugins", "LabError": "llmlab.types",
     "Request": "llmlab.types", "compare": "llmlab.comparing", "check": "llmlab.checking", "sweep": "llmlab.sweeping",
 }  # fmt: skip
 __all__ = [

@@ -36,11 +36,11 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from llmlab.assembly import REGISTRIES
 from llmlab.checking_views import Case, Views
 from llmlab.config import EngineConfig
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
+from llmlab.plugins import REGISTRIES
 from llmlab.registry import policy_name
 from llmlab.running import Feed
 from llmlab.scheduling import seamcalls

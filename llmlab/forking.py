@@ -17,15 +17,8 @@ from typing import Any
 
 import msgspec
 
-from llmlab.assembly import (
-    Assembly,
-    ModelFacts,
-    Redraft,
-    eviction_chooser,
-    expert_simulation,
-    policies_of,
-    weights_seam,
-)
+from llmlab.assembly import Assembly
+from llmlab.backends import ModelFacts
 from llmlab.config import DRAFT_FIELDS, PLUG_IN_FIELDS, SEAM_FIELDS, EngineConfig
 from llmlab.decoding.draft_trees import plan_of
 from llmlab.decoding.drafts import NGram, Oracle
@@ -38,6 +31,8 @@ from llmlab.execution.cost import RooflineCost, wall_cost
 from llmlab.execution.drafting import Drafter
 from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor, SimTicket
 from llmlab.execution.sim_offload import ExpertSimExecutor
+from llmlab.executors import Redraft, expert_simulation
+from llmlab.plugins import eviction_chooser, policies_of, seam_of
 from llmlab.replaying import recorded_config, recorded_cost, recorded_draft, recorded_scheduler
 from llmlab.scheduling.scheduler import Scheduler
 from llmlab.seams import DraftSource
@@ -132,7 +127,7 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     scheduler.adopt(policies, clock.now())
     scheduler.memory.pool.choose = eviction_chooser(engine.config, scheduler.log)
     if "weights" in changes and isinstance(engine.executor, ExpertSimExecutor):
-        engine.executor.adopt(weights_seam(engine.config, scheduler.log))
+        engine.executor.adopt(seam_of(engine.config, scheduler.log, "weights"))
     flying = _in_flight(run, scheduler, position)
     engine.executor.occupy(memory.busy_until)  # type: ignore[attr-defined]
     _continue(run, engine, position, flying, changes)

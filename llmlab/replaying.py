@@ -6,13 +6,13 @@ from typing import Any
 
 import msgspec
 
-from llmlab.assembly import build_scheduler
 from llmlab.config import EngineConfig
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.events.replay import Difference, ReplayClock, replay
 from llmlab.events.trace import Run
 from llmlab.execution.cost import RooflineCost
+from llmlab.plugins import build_scheduler
 from llmlab.scheduling.scheduler import Scheduler
 from llmlab.seams import Limits
 from llmlab.types import TraceError

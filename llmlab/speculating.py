@@ -46,7 +46,7 @@ def real_speculation(config: EngineConfig, setup: DraftSetup, kernels: str) -> S
     if choice is None:
         return None
     if isinstance(choice, str) and choice not in DRAFT_SOURCES.names():
-        from llmlab.assembly import roofline_shape
+        from llmlab.backends import roofline_shape
         from llmlab.decoding.draft_model import load_draft
 
         try:

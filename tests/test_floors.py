@@ -108,7 +108,7 @@ def test_roofline_knows_nothing_of_llmlab() -> None:
 
 
 def test_the_ui_reads_runs_and_never_engines() -> None:
-    forbidden = ("engine", "assembly", "execution", "scheduling", "memory", "decoding", "kernels", "models", "llm", "running")
+    forbidden = ("engine", "assembly", "backends", "executors", "plugins", "execution", "scheduling", "memory", "decoding", "kernels", "models", "llm", "running")
     found = [f"{module_name(p)}:{line} {target}" for p in sources("llmlab/ui") for line, target in imported(p)
              if house_of(target) in forbidden]  # fmt: skip
     assert found == []

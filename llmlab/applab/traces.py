@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from llmlab.applab.gallery import recorded_runs
-from llmlab.assembly import REGISTRIES
 from llmlab.comparing import Comparison, compare
 from llmlab.events import catalog as ev
+from llmlab.plugins import REGISTRIES
 from llmlab.runs import Run
 from llmlab.types import LabError, TraceError
 from llmlab.ui.chart import seconds

@@ -16,12 +16,12 @@ from typing import Any
 
 import msgspec
 
-from llmlab.assembly import REGISTRIES
 from llmlab.checking import SEAMS, Report, check
 from llmlab.checking_views import Views
 from llmlab.config import EngineConfig
 from llmlab.events.metrics import RunMetrics
 from llmlab.events.trace import Run
+from llmlab.plugins import REGISTRIES
 from llmlab.registry import policy_name
 from llmlab.running import run
 from llmlab.types import LabError, PolicyError

@@ -53,8 +53,8 @@ def check(
 
 def _seam_of(policy: str) -> str | None:
     """The seam that has a plug-in of this name; None for a `module:Class`, whose methods tell. Raises ConfigError."""
-    from llmlab.assembly import REGISTRIES
     from llmlab.checking import SEAMS
+    from llmlab.plugins import REGISTRIES
     from llmlab.types import ConfigError, unknown_name
 
     if ":" in policy:

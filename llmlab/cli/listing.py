@@ -123,8 +123,8 @@ def _gate_cells(gate: dict[str, Any] | None) -> list[str]:
 # ------------------------------------------------------------------------------- policies and kernels
 def policies(as_json: AsJson = False) -> None:
     """Every registered plug-in, seam by seam; the default of each seam is marked."""
-    from llmlab.assembly import REGISTRIES
     from llmlab.config import EngineConfig
+    from llmlab.plugins import REGISTRIES
 
     defaults = EngineConfig()
     if as_json:

@@ -165,7 +165,7 @@ def _scalar(hint: Any) -> Any:
 
 def _completion(seam: str) -> Callable[[str], list[str]]:
     def complete(incomplete: str) -> list[str]:
-        from llmlab.assembly import REGISTRIES
+        from llmlab.plugins import REGISTRIES
 
         return [name for name in REGISTRIES[seam].names() if name.startswith(incomplete)]
 

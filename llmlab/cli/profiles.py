@@ -66,7 +66,7 @@ def _measured(engine: dict[str, Any], out: Path) -> Profile:
 
     with working("Loading torch"):
         device = _device(engine.get("device", "auto"))
-        from llmlab.assembly import roofline_shape
+        from llmlab.backends import roofline_shape
         from llmlab.execution.profiling import profile_command
         from llmlab.running import run
 

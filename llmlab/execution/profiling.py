@@ -343,7 +343,7 @@ def num_points(device: str) -> int:
 def measure(
     loaded: LoadedModel, shape: Shape, block_size: int = 16, max_tokens: int = 512, progress: Progress | None = None
 ) -> Profile:
-    """Measure `loaded` on its device, some 20 to 100 s. `shape`: its sizes (`llmlab.assembly` knows how to get them).
+    """Measure `loaded` on its device, some 20 to 100 s. `shape`: its sizes (`llmlab.backends` knows how to get them).
 
     `max_tokens`: new tokens of the largest step to be measured. The engine's own time is not known yet: see
     `roofline.profile.calibrated`. Raises RooflineError if a step fails.
@@ -438,7 +438,7 @@ def profile_command(
 ) -> Profile:  # fmt: skip
     """Measure `model` on `device` ("cpu" or "cuda"), calibrate with a short run, write `out`, and return the profile.
 
-    `run`: `llmlab.run`; `shape_of`: `llmlab.assembly.roofline_shape` (both are floors above this one). Under three
+    `run`: `llmlab.run`; `shape_of`: `llmlab.backends.roofline_shape` (both are floors above this one). Under three
     minutes for models that the device runs well. Raises LabError or RooflineError.
     """
     threads = num_threads or choose_threads().num_threads  # the same for both parts

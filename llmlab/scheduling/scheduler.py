@@ -171,7 +171,7 @@ class Scheduler(Admitting, Placing, Reserving, Collecting):
 
     def reconfigure(self, changes: Mapping[str, Any], now: float) -> None:
         """Go on with other policies, limits or memory from the next step on. `changes`: some of LIVE_FIELDS; of drafting
-        all (`llmlab.assembly.redrafted`). Drafts that were proposed before are still verified. Raises ConfigError, and changes nothing, for an unknown policy or if a request that is here would not fit any more."""
+        all (`llmlab.plugins.reseated`). Drafts that were proposed before are still verified. Raises ConfigError, and changes nothing, for an unknown policy or if a request that is here would not fit any more."""
         blocks, seams = changes.get("num_blocks"), [n for n in changes if n in SEAM_FIELDS and n != "draft_policy"]
         if blocks is not None:
             self._check_pool(blocks)

@@ -21,8 +21,8 @@ from engine_util import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmlab.assembly import REGISTRIES
 from llmlab.events import catalog as ev
+from llmlab.plugins import REGISTRIES
 from llmlab.types import SamplingParams
 
 NUM_TOKENS = 12

@@ -11,7 +11,7 @@ import pytest
 import torch
 from engine_util import write_model
 
-from llmlab import LLM, assembly
+from llmlab import LLM, assembly, backends, executors
 from llmlab.config import EngineConfig
 from llmlab.engine import Engine
 from llmlab.execution.device_line import HostLine
@@ -45,7 +45,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_t4_gets_float16_and_a_line_that_says_why(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     t4 = capability_of("t4")
     monkeypatch.setattr(assembly, "card_of", lambda loaded: t4)
-    monkeypatch.setattr(assembly, "device_line", lambda loaded: HostLine())
+    monkeypatch.setattr(executors, "device_line", lambda loaded: HostLine())
     llm = LLM(str(directory), device="cpu", dtype="float16", num_blocks=64)
     told = capsys.readouterr().err
     assert "t4 (sm_75, 16 GiB): float16 (the card has no bfloat16 units)" in told and "KV for 1,024 tokens" in told
@@ -82,7 +82,7 @@ def test_no_driver_and_an_old_driver_are_told_apart(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_card_without_bfloat16(card: Any) -> None:
-    assert assembly._dtype_for(EngineConfig(), "cuda") == "float16"
+    assert backends.dtype_for(EngineConfig(), "cuda") == "float16"
     with pytest.raises(ConfigError, match=r"dtype='bfloat16': Tesla T4 .*no bfloat16 units. Use dtype='float16'"):
         Engine(model="lab-s", device="cuda", dtype="bfloat16")
 
@@ -92,7 +92,7 @@ def test_a_card_older_than_the_kernels_can_still_run_torchs(card: Any) -> None:
     with pytest.raises(ConfigError, match=r"compute capability 7.0; the kernels need 7.5.*kernels='torch'"):
         Engine(model="lab-s", device="cuda")
     card.major, card.minor = 6, 1
-    assert assembly._dtype_for(EngineConfig(kernels="torch"), "cuda") == "float16"
+    assert backends.dtype_for(EngineConfig(kernels="torch"), "cuda") == "float16"
 
 
 def test_a_card_that_cannot_be_asked(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from engine_util import VOCAB, greedy, serve, tiny_engine, tokens_of, write_model
 
-from llmlab import assembly
+from llmlab import backends, executors
 from llmlab.config import EngineConfig
 from llmlab.events import catalog as ev
 from llmlab.events.trace import Run
@@ -46,9 +46,9 @@ class Fault:
             return MortalLine(self)
 
         monkeypatch.setattr(Transformer, "forward", mortal)
-        monkeypatch.setattr(assembly, "device_line", line)
+        monkeypatch.setattr(executors, "device_line", line)
         if stays_dead:
-            monkeypatch.setattr(assembly, "_anew", lambda *parts: None)
+            monkeypatch.setattr(executors, "anew", lambda *parts: None)
 
 
 class MortalLine(HostLine):
@@ -163,18 +163,18 @@ def test_what_kills_every_device_does_not_go_on_for_ever(directory: Path, monkey
 
 def test_the_cpu_takes_over_only_where_that_was_asked_for(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = EngineConfig(model=str(directory), device="cpu", kernels="torch")
-    backend = assembly._torch_backend(config)
+    backend = backends.torch_backend(config)
     gone = dataclasses.replace(backend.loaded, model=_Elsewhere(backend.loaded.model))  # type: ignore[arg-type, type-var]
     backend = backend._replace(loaded=gone)
     if answers("cuda"):
         pytest.skip("there is a GPU that answers")
-    assert assembly._anew(config, backend, 8, 8) is None
+    assert executors.anew(config, backend, 8, 8) is None
     asked = EngineConfig(model=str(directory), device="cpu", kernels="torch", on_device_loss="cpu")
-    anew = assembly._anew(asked, backend, 8, 8)
+    anew = executors.anew(asked, backend, 8, 8)
     assert anew is not None and anew.loaded.device.type == "cpu" and anew.line.device.type == "cpu"
     with caplog.at_level(logging.WARNING):
         missing = EngineConfig(model=str(directory / "gone"), device="cpu", on_device_loss="cpu")
-        assert assembly._anew(missing, backend, 8, 8) is None
+        assert executors.anew(missing, backend, 8, 8) is None
     assert "could not be replaced by cpu" in caplog.text
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import llmlab
-from llmlab.assembly import roofline_shape
+from llmlab.backends import roofline_shape
 from llmlab.execution import profiling
 from llmlab.execution.cost import rows_of
 from llmlab.models.checkpoint import save_random_model

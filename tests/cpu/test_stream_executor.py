@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_util import CASES, hf_greedy, hf_model, tiny_config
 
-from llmlab import assembly
+from llmlab import executors
 from llmlab.execution.buckets import bucket_for, bucket_sizes
 from llmlab.execution.device_line import HostLine
 from llmlab.execution.stream_executor import StreamExecutor
@@ -35,7 +35,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Engines take the CPU for a device with a queue of its own."""
-    monkeypatch.setattr(assembly, "device_line", lambda loaded: HostLine(loaded.device))
+    monkeypatch.setattr(executors, "device_line", lambda loaded: HostLine(loaded.device))
     yield
 
 
@@ -67,7 +67,7 @@ def test_tokens_are_those_of_the_plain_executor(
     if tight:
         fields |= {"num_blocks": 16, "tiering": "swap"}
     plain, _ = answers(directory, SAMPLING[kind], **fields)
-    monkeypatch.setattr(assembly, "device_line", lambda loaded: HostLine(loaded.device))
+    monkeypatch.setattr(executors, "device_line", lambda loaded: HostLine(loaded.device))
     have, engine = answers(directory, SAMPLING[kind], **fields)
     assert have == plain
     assert isinstance(engine.executor, StreamExecutor)
@@ -91,7 +91,7 @@ def test_half_precision_from_prompt_to_tokens(directory: Path, dtype: str, kerne
     fields: dict[str, Any] = {"dtype": dtype, "kernels": kernels, "num_blocks": 16, "tiering": "swap"}
     plain, engine = answers(directory, SAMPLING["greedy"], **fields)
     assert engine.executor.describe()["dtype"] == dtype
-    monkeypatch.setattr(assembly, "device_line", lambda loaded: HostLine(loaded.device))
+    monkeypatch.setattr(executors, "device_line", lambda loaded: HostLine(loaded.device))
     have, engine = answers(directory, SAMPLING["greedy"], overlap_depth=1, **fields)
     assert isinstance(engine.executor, StreamExecutor) and engine.executor.graphs.recorded
     assert engine.executor.cache.layers[0][0].dtype == getattr(torch, dtype)

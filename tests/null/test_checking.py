@@ -21,7 +21,7 @@ import pytest
 
 import llmlab
 from llmlab import checking
-from llmlab.assembly import REGISTRIES
+from llmlab.plugins import REGISTRIES
 from llmlab.scheduling.composers import Chunked
 from llmlab.seams import Admit, BlockView, EngineView, Need, Offers, RequestView, TierOption, Wait
 from llmlab.types import ConfigError, LabError, Request, WorkItem

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import llmlab
-from llmlab.assembly import REGISTRIES
 from llmlab.cli import jobs, options, timeline
 from llmlab.cli.answers import Asked, JsonAnswers, TextAnswers
 from llmlab.cli.app import app
@@ -29,6 +28,7 @@ from llmlab.config import EngineConfig
 from llmlab.events.trace import Run
 from llmlab.events.why import Stretch
 from llmlab.outputs import CompletionOutput, RequestOutput
+from llmlab.plugins import REGISTRIES
 
 SIM = ["run", "--executor", "sim", "--model", "lab-s", "--hardware", "cpu-2core"]
 CROWDED = [*SIM, "--requests", "12", "--prompt-len", "16,80", "--output-len", "20,60", "--num-blocks", "24", "--log-level", "3"]

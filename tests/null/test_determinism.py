@@ -85,7 +85,7 @@ def test_a_replay_from_a_file_agrees_and_so_does_every_hash(
 def test_other_policies_change_the_schedule_and_never_the_tokens(
     script: list[Any], fields: dict[str, Any], other: tuple[str, int]
 ) -> None:
-    from llmlab.assembly import REGISTRIES
+    from llmlab.plugins import REGISTRIES
 
     names = REGISTRIES[other[0]].names()
     engine = play(script, **{**fields, other[0]: names[other[1] % len(names)]})

@@ -16,7 +16,7 @@ SEAMS = {
     "A": "admission", "B": "composition", "C": "placement", "D": "KV memory", "E": "decoding",
     "F": "models and kernels", "G": "cluster", "H": "programs", "I": "analysis", "J": "privacy", "K": "training",
 }  # fmt: skip
-CORE = ("types.py", "seams.py", "config.py", "registry.py", "assembly.py", "engine.py",
+CORE = ("types.py", "seams.py", "config.py", "registry.py", "assembly.py", "plugins.py", "backends.py", "executors.py", "engine.py",
         "events", "memory", "scheduling", "decoding", "execution")  # fmt: skip
 WORDS = {"cosine", "hyperparameters"}  # slugs that any code may use
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simlab import Watch, expected_tokens, run_to_end, sim_engine, specs
 
-from llmlab.assembly import REGISTRIES
 from llmlab.decoding.autoregressive import Autoregressive
 from llmlab.events import catalog as ev
+from llmlab.plugins import REGISTRIES
 from llmlab.registry import policy_name
 from llmlab.scheduling.composers import Chunked
 from llmlab.scheduling.watchdog import Overrun, Watchdog

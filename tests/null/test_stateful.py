@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from simlab import Restless, WaitingFirst, Watch, expected_tokens, run_to_end, sim_engine, specs
 
-from llmlab.assembly import REGISTRIES
 from llmlab.decoding.draft_lengths import DRAFT_POLICIES
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.execution.base import StepBatch
+from llmlab.plugins import REGISTRIES
 from llmlab.speculating import Simulated
 from llmlab.types import DEVICE_MEMORY, ItemResult, RequestError, SamplingParams, StepResult
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmlab
-from llmlab.assembly import REGISTRIES
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.events.metrics import Summary
+from llmlab.plugins import REGISTRIES
 from llmlab.running import Feed, serve
 from llmlab.scheduling.composers import Chunked
 from llmlab.seams import EngineView, Offers
