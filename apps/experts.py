@@ -37,13 +37,13 @@ def _(batch, fit, machine, policy):
 
 @app.cell(hide_code=True)
 def _(offload, runs):
-    pictures.drawn(pages.page_theme(), lambda: experts.chart(offload, runs))
+    pictures.drawn(pages.sheet(), lambda: experts.chart(offload, runs))
     return
 
 
 @app.cell(hide_code=True)
 def _(offload):
-    pictures.drawn(pages.page_theme(), lambda: figures.expert_heat_map(experts.served(offload, 3)))
+    pictures.drawn(pages.sheet(), lambda: figures.expert_heat_map(experts.served(offload, 3)))
     return
 
 

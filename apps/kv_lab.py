@@ -42,7 +42,7 @@ def _(block_size, caching, eviction, families, memory, rate, shared):
 def _(pool, run):
     mo.vstack([
         mo.md(f"**{kv.finding(pool, kv.account(run))}** (simulated)."),
-        pictures.drawn(pages.page_theme(), lambda: figures.kv_block_map(run)),
+        pictures.drawn(pages.sheet(), lambda: figures.kv_block_map(run)),
     ])  # fmt: skip
     return
 
@@ -50,7 +50,7 @@ def _(pool, run):
 @app.cell(hide_code=True)
 def _(pool, run):
     _others = kv.others(pool)
-    pictures.drawn(pages.page_theme(), lambda: kv.others_chart(pool, _others, run))
+    pictures.drawn(pages.sheet(), lambda: kv.others_chart(pool, _others, run))
     return
 
 

@@ -41,7 +41,7 @@ def _(left, right):
 
 @app.cell(hide_code=True)
 def _(chosen, machine, served):
-    pictures.drawn(pages.page_theme(), lambda: overlap.rates_chart(machine, served, chosen))
+    pictures.drawn(pages.sheet(), lambda: overlap.rates_chart(machine, served, chosen))
     return
 
 
@@ -60,7 +60,7 @@ def _(chosen, seen, stretch):
 
 @app.cell(hide_code=True)
 def _(chosen, served):
-    pictures.drawn(pages.page_theme(), lambda: overlap.latency_chart(served, chosen))
+    pictures.drawn(pages.sheet(), lambda: overlap.latency_chart(served, chosen))
     return
 
 

@@ -69,7 +69,7 @@ def _(blocks, entry, load, machine, seeds):
 def _(course, entry, goal, laps):
     aim = trial.GOALS[goal.value]
     mo.vstack([
-        pictures.drawn(pages.page_theme(), lambda: charts.race_chart(laps, aim, entry.seam)),
+        pictures.drawn(pages.sheet(), lambda: charts.race_chart(laps, aim, entry.seam)),
         mo.md(charts.leaderboard_table(trial.leaderboard(laps, aim, entry.seam), aim, course.seeds)),
         mo.hstack([mo.download(lambda: pictures.png("light", lambda: charts.race_chart(laps, aim, entry.seam)), filename="race.png",
                     mimetype="image/png", label="Save the figure")], justify="start"),

@@ -49,7 +49,7 @@ def _(a, b):
 @app.cell(hide_code=True)
 def _(both):
     mo.vstack([
-        pictures.modelled(pages.page_theme(), lambda: roof.roofline_chart(*both)),
+        pictures.modelled(pages.sheet(), lambda: roof.roofline_chart(*both)),
         mo.md(roof.table(both)),
     ])  # fmt: skip
     return
@@ -65,18 +65,18 @@ def _(both):
 @app.cell(hide_code=True)
 def _(both, lenses):
     _gains = roof.gains(both[0], lenses.value)
-    _drawn = pictures.modelled(pages.page_theme(), lambda: charts.lens_gains(_gains, f"{both[0].setup.label} (modelled)"))
+    _drawn = pictures.modelled(pages.sheet(), lambda: charts.lens_gains(_gains, f"{both[0].setup.label} (modelled)"))
     mo.vstack([lenses, _drawn if _gains else mo.md("Choose a technique.")])
     return
 
 
 @app.cell(hide_code=True)
 def _(both):
-    _theme = pages.page_theme()
+    _sheet = pages.sheet()
     mo.ui.tabs({
-        "Joules of a token (A)": pictures.modelled(_theme, lambda: charts.energy_waterfall(both[0].step, both[0].case.tokens)),
-        "Where the time goes": pictures.modelled(_theme, lambda: charts.time_stack({p.setup.label: p.step for p in both})),
-        "What fits": pictures.modelled(_theme, lambda: roof.memory_chart(both)),
+        "Joules of a token (A)": pictures.modelled(_sheet, lambda: charts.energy_waterfall(both[0].step, both[0].case.tokens)),
+        "Where the time goes": pictures.modelled(_sheet, lambda: charts.time_stack({p.setup.label: p.step for p in both})),
+        "What fits": pictures.modelled(_sheet, lambda: roof.memory_chart(both)),
     })  # fmt: skip
     return
 

@@ -44,7 +44,7 @@ def _(run, where, without):
     mo.vstack([
         words.headline(spec.finding(run, without)),
         mo.md(f"{where} {_same}"),
-        pictures.drawn(pages.page_theme(), lambda: figures.speculation_strip(run)),
+        pictures.drawn(pages.sheet(), lambda: figures.speculation_strip(run)),
     ])  # fmt: skip
     return
 

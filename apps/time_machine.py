@@ -76,7 +76,7 @@ def _(policy, seam, step):
 @app.cell(hide_code=True)
 def _(fork, policy, run, seam, step):
     mo.stop(not fork.value, mo.md("A fork replays the recorded history up to that step and simulates what follows."))
-    words.forked(run, step, seam.value, policy.value, pages.page_theme())
+    words.forked(run, step, seam.value, policy.value, pages.sheet())
     return
 
 

@@ -7,7 +7,8 @@ from functools import cache, partial
 from typing import Any
 
 from llmlab.applab import gallery, overlap, pictures, trial
-from llmlab.applab.serving import THEME_COOKIE
+from llmlab.applab.pictures import Sheet
+from llmlab.applab.serving import THEME_COOKIE, WIDTH_COOKIE
 from llmlab.applab.trial import Course, Lap, Trial
 from llmlab.runs import Run
 from llmlab.ui import figures
@@ -28,13 +29,21 @@ def heading(name: str) -> Any:
     return mo.md(f"# {one.title}\n\n{one.idea}")
 
 
-def page_theme() -> str:
-    """ "light" or "dark": what the visitor of this page chose, or marimo's own setting where no page was asked for."""
+def sheet() -> Sheet:
+    """What to draw on: the theme that the visitor of this page chose, or marimo's own setting where no page was asked for,
+    and the width of the browser's window when the page was opened."""
     import marimo as mo
 
     meta = mo.app_meta()
-    chosen = dict(meta.request.cookies).get(THEME_COOKIE) if meta.request is not None else None
-    return str(chosen) if chosen in ("light", "dark") else "dark" if meta.theme == "dark" else "light"
+    cookies = dict(meta.request.cookies) if meta.request is not None else {}
+    chosen, width = cookies.get(THEME_COOKIE), str(cookies.get(WIDTH_COOKIE, ""))
+    theme = str(chosen) if chosen in ("light", "dark") else "dark" if meta.theme == "dark" else "light"
+    return Sheet(theme, int(width)) if width.isdecimal() else Sheet(theme)
+
+
+def page_theme() -> str:
+    """ "light" or "dark": the theme of this page's sheet."""
+    return sheet().theme
 
 
 def recorded(name: str) -> Run:
@@ -69,7 +78,7 @@ def race(entry: Trial, course: Course) -> list[Lap]:
 def head_to_head(entry: Trial, course: Course) -> Any:
     """Two timelines of the first seed: the default and your policy."""
     a, b = trial.head_to_head(entry, course, entry.seam)
-    return pictures.drawn(page_theme(), lambda: figures.policy_race(a.run, b.run, (a.policy, b.policy), 30))
+    return pictures.drawn(sheet(), lambda: figures.policy_race(a.run, b.run, (a.policy, b.policy), 30))
 
 
 # ------------------------------------------------------------------------------- CPU and GPU in parallel
@@ -109,5 +118,5 @@ def side_by_side(chosen: Sequence[str], seen: Sequence[overlap.Glimpse], until: 
     import marimo as mo
 
     end = min(until or float("inf"), max(one.length for one in seen))
-    drawn = [pictures.drawn(page_theme(), partial(overlap.gantt, name, one, end)) for name, one in zip(chosen, seen)]
+    drawn = [pictures.drawn(sheet(), partial(overlap.gantt, name, one, end)) for name, one in zip(chosen, seen)]
     return mo.hstack([panel.style(flex="1 1 420px", min_width="0") for panel in drawn], gap=1.5, wrap=True)

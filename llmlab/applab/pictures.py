@@ -6,11 +6,18 @@ import json
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmlab.ui import theme
 
-NARROW = 690  # pixels of the plotting area on a page of 800
+BESIDE = 110  # pixels of a page that no plotting area gets: its margins, and the labels of an axis
+
+
+class Sheet(NamedTuple):
+    """What a figure is drawn on: a theme ("light" or "dark"), and a page so many pixels wide."""
+
+    theme: str = "light"
+    width: int = 800
 
 
 @cache
@@ -19,14 +26,14 @@ def _one_at_a_time() -> threading.Lock:
     return threading.Lock()
 
 
-def drawn(name: str, draw: Callable[[], Any]) -> Any:
-    """The chart that `draw` makes, under theme `name`, with everything of the theme inside it; its title and subtitle as
-    text above it, so that they fit every page. A chart that is only a sentence becomes that sentence."""
-    with _one_at_a_time(), theme.enable(name):
-        return _page_chart(_spec(draw))
+def drawn(sheet: Sheet, draw: Callable[[], Any]) -> Any:
+    """The chart that `draw` makes, under the sheet's theme, with everything of the theme inside it; its title and subtitle
+    as text above it, so that they fit every page. A chart that is only a sentence becomes that sentence."""
+    with _one_at_a_time(), theme.enable(sheet.theme):
+        return _page_chart(_spec(draw), sheet.width)
 
 
-def modelled(name: str, draw: Callable[[], Any]) -> Any:
+def modelled(sheet: Sheet, draw: Callable[[], Any]) -> Any:
     """`drawn` for charts of `roofline.charts`, which have two themes of their own."""
     import altair as alt
 
@@ -35,8 +42,8 @@ def modelled(name: str, draw: Callable[[], Any]) -> Any:
     with _one_at_a_time():
         before = alt.theme.active
         try:
-            charts.enable_theme(dark=name == "dark")
-            return _page_chart(_spec(draw))
+            charts.enable_theme(dark=sheet.theme == "dark")
+            return _page_chart(_spec(draw), sheet.width)
         finally:
             alt.theme.enable(before)
 
@@ -59,7 +66,7 @@ def _spec(draw: Callable[[], Any]) -> dict[str, Any]:
         return dict(draw().to_dict())
 
 
-def _page_chart(spec: dict[str, Any]) -> Any:
+def _page_chart(spec: dict[str, Any], page: int) -> Any:
     import marimo as mo
 
     heading, note = spec.pop("title", {}), spec.pop("usermeta", {}).get("sentence", "")
@@ -70,16 +77,16 @@ def _page_chart(spec: dict[str, Any]) -> Any:
     spec["usermeta"] = {"embedOptions": {"actions": False}}
     beside = spec.pop("hconcat", None)
     if beside is None:
-        return mo.vstack([words, Spec(_fitted(spec))], gap=0)
-    panels = [mo.as_html(Spec(_fitted({**spec, **panel}))).style(flex=f"{panel['width']} 1 {panel['width'] // 2}px", min_width="0") for panel in beside]
+        return mo.vstack([words, Spec(_fitted(spec, page))], gap=0)
+    panels = [mo.as_html(Spec(_fitted({**spec, **panel}, page))).style(flex=f"{panel['width']} 1 {panel['width'] // 2}px", min_width="0") for panel in beside]
     return mo.vstack([words, mo.hstack(panels, gap=1.5, wrap=True)], gap=0)
 
 
-def _fitted(spec: dict[str, Any]) -> dict[str, Any]:
-    """As wide as the page; charts above one another, which cannot be, no wider than a narrow page."""
+def _fitted(spec: dict[str, Any], page: int) -> dict[str, Any]:
+    """As wide as the page; charts above one another, which do not follow it later, as wide as it is now."""
     if "vconcat" in spec:
-        widest = max([part["width"] for part in spec["vconcat"] if "width" in part], default=NARROW)
-        share = min(1.0, NARROW / widest)
+        room = max(300, min(page, 1280) - BESIDE)
+        share = room / max([part["width"] for part in spec["vconcat"] if "width" in part], default=room)
         return {**spec, "vconcat": [part | {"width": share * part["width"]} if "width" in part else part for part in spec["vconcat"]]}
     if isinstance(spec.get("width"), (int, float)):
         return {**spec, "width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}

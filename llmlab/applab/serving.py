@@ -24,7 +24,7 @@ from llmlab.types import ConfigError
 HOST = "127.0.0.1"
 PORT = 2780
 TRIED = 50  # ports after the wanted one
-THEME_COOKIE = "llmlab_theme"
+THEME_COOKIE, WIDTH_COOKIE = "llmlab_theme", "llmlab_width"
 SESSION_SECONDS = 10  # a closed tab's kernel lives on for so long, in case it comes back
 _LIGHT = (b'"theme": "light"', b"&quot;theme&quot;: &quot;light&quot;")  # as marimo's pages say it
 
@@ -157,6 +157,9 @@ def theme_of(cookies: str) -> str:
 # ------------------------------------------------------------------------------------------ pages
 _SCRIPT = f"""
 const llmlabTheme = () => (document.cookie.match(/{THEME_COOKIE}=(light|dark)/) || [])[1];
+const llmlabMeasure = () => {{ document.cookie = `{WIDTH_COOKIE}=${{innerWidth}}; path=/; samesite=lax`; }};
+llmlabMeasure();
+addEventListener("resize", llmlabMeasure);
 const llmlabSwitch = (name) => {{ document.cookie = `{THEME_COOKIE}=${{name}}; path=/; max-age=31536000; samesite=lax`; }};
 if (!llmlabTheme()) {{
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
@@ -166,6 +169,10 @@ if (!llmlabTheme()) {{
 """
 _HEAD = f"""
 <style>
+  :root {{ --marimo-heading-font: Liberation Sans, Helvetica, Arial, sans-serif; --marimo-text-font: Liberation Sans, Helvetica, Arial, sans-serif; }}
+  [data-testid="loading-indicator"] {{ margin-top: 30px; }}
+  .running-app-icon {{ animation: llmlab-appear 0s 1s forwards; }} /* marimo's own turns for ever, and makes the page paint */
+  @keyframes llmlab-appear {{ to {{ visibility: visible; }} }}
   .llmlab-bar {{ position: fixed; top: 0; left: 0; right: 0; height: 34px; z-index: 60; display: flex; align-items: center;
     gap: 14px; padding: 0 16px; font: 13px/1 Liberation Sans, Helvetica, Arial, sans-serif; background: #F4F6F8;
     border-bottom: 1px solid #E1E5EA; }}

@@ -95,7 +95,7 @@ def verdict(entry: Trial) -> Any:
     return mo.callout(mo.md(text), kind="success" if report.ok else "warn")
 
 
-def forked(run: Run, at: int, seam: str, policy: str, theme: str) -> Any:
+def forked(run: Run, at: int, seam: str, policy: str, sheet: pictures.Sheet) -> Any:
     """A fork and its parent: the finding, where they part, and both timelines."""
     import marimo as mo
 
@@ -104,6 +104,6 @@ def forked(run: Run, at: int, seam: str, policy: str, theme: str) -> Any:
     except LabError as error:
         return mo.callout(mo.md(f"**No fork.** {error.problem}. {error.way_out}"), kind="danger")
     names = ("as it was", f"{seam} {policy}")
-    race = pictures.drawn(theme, lambda: figures.policy_race(fork.as_it_was, fork.changed, names, 40))
+    race = pictures.drawn(sheet, lambda: figures.policy_race(fork.as_it_was, fork.changed, names, 40))
     told = mo.md(f"Both continuations are simulated. {fork.comparison.parted}")
     return mo.vstack([headline(traces.fork_finding(fork)), told, race], gap=0)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-IMPATIENT = 60_000  # milliseconds
+PATIENCE = 240_000  # milliseconds to wait for something that must happen, on a machine that may be busy
+
 
 
 @contextmanager
@@ -35,6 +36,7 @@ class Page:
 
     def __init__(self, browser: Any, url: str, scheme: str = "light", width: int = 1280, height: int = 1100) -> None:
         self.page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": height})
+        self.page.set_default_timeout(PATIENCE)
         self.complaints: list[str] = []
         self.outside: list[str] = []
         self.page.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
@@ -46,7 +48,7 @@ class Page:
         """Go there and wait for `picture` (a CSS selector); the seconds until it was there."""
         self.began = time.monotonic()
         self.page.goto(url)
-        self.page.locator(picture).first.wait_for(timeout=IMPATIENT)
+        self.page.locator(picture).first.wait_for(timeout=PATIENCE)
         return time.monotonic() - self.began
 
     def text(self, selector: str = "#App") -> str:
@@ -61,18 +63,24 @@ class Page:
         """A fingerprint of how something looks."""
         return hashlib.md5(self.page.locator(selector).first.screenshot()).hexdigest()
 
-    def becomes(self, what: Callable[[], bool], why: str, seconds: float = 30) -> None:
-        """Wait until `what` holds."""
+    def holds(self, what: Callable[[], bool], seconds: float = PATIENCE / 1000) -> bool:
+        """Whether `what` holds, `seconds` from now at the latest."""
         until = time.monotonic() + seconds
         while not what():
-            assert time.monotonic() < until, f"{why}\n{self.text()[:3000]}"
+            if time.monotonic() > until:
+                return False
             self.page.wait_for_timeout(100)
+        return True
+
+    def becomes(self, what: Callable[[], bool], why: str) -> None:
+        """Wait until `what` holds, with much patience."""
+        assert self.holds(what), f"{why}\n{self.text()[:3000]}"
 
     def changes(self, look: Callable[[], Any], act: Callable[[], Any], why: str) -> None:
         """Assert that `act` changes what `look` sees."""
         before = look()
         act()
-        self.becomes(lambda: look() != before, f"{why}: nothing changed", 90)
+        self.becomes(lambda: look() != before, f"{why}: nothing changed")
 
     def slide(self, label: str, key: str, times: int = 1) -> None:
         """Move the slider with this label by arrow keys."""

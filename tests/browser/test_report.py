@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab import PATIENCE
 
 import llmlab
 from llmlab.ui.report import write_report
@@ -37,8 +38,8 @@ def test_report_opens_from_disk(browser: Any, report: Path, screenshots: Path, s
     page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda e: complaints.append(str(e)))
     page.goto(report.as_uri())
-    page.wait_for_selector("html[data-drawn=yes]", timeout=20_000)
-    page.wait_for_selector(".llt[data-drawn=yes]", timeout=20_000)
+    page.wait_for_selector("html[data-drawn=yes]", timeout=PATIENCE)
+    page.wait_for_selector(".llt[data-drawn=yes]", timeout=PATIENCE)
     page.screenshot(path=screenshots / f"report_{scheme}_{width}.png", full_page=True)
     assert complaints == []
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab import PATIENCE
 
 import llmlab
 
@@ -46,17 +47,21 @@ class Opened:
         self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
         self.page.goto(path.as_uri())
-        self.page.wait_for_selector("html[data-drawn=yes]", timeout=20_000)
+        self.page.wait_for_selector("html[data-drawn=yes]", timeout=PATIENCE)
         self.root = self.page.locator(".llt[data-drawn=yes]")
-        self.root.wait_for(timeout=20_000)
+        self.root.wait_for(timeout=PATIENCE)
+
+    def drawn(self) -> None:
+        """Wait until what was asked for so far has been drawn: the frame after the next has begun."""
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))")
 
     @property
     def step(self) -> int:
-        self.page.wait_for_timeout(80)
+        self.drawn()
         return int(self.root.get_attribute("data-step"))
 
     def picture(self, canvas: str) -> str:
-        self.page.wait_for_timeout(80)
+        self.drawn()
         return str(self.page.locator(f".llt canvas{canvas}").evaluate("c => c.toDataURL()"))
 
     def key(self, name: str) -> None:
@@ -159,7 +164,7 @@ def test_play_moves_by_itself_and_stops(opened: Opened) -> None:
     opened.page.get_by_label("Speed").select_option("4")
     first = opened.step
     opened.key(" ")
-    opened.page.wait_for_function(f"+document.querySelector('.llt').dataset.step > {first + 5}", timeout=10_000)
+    opened.page.wait_for_function(f"+document.querySelector('.llt').dataset.step > {first + 5}", timeout=PATIENCE)
     opened.page.get_by_role("button", name="Pause").click()
     stopped = opened.step
     opened.page.wait_for_timeout(300)
@@ -168,11 +173,11 @@ def test_play_moves_by_itself_and_stops(opened: Opened) -> None:
 
 def test_a_click_on_a_bar_says_why_it_was_late(opened: Opened, run: llmlab.Run) -> None:
     opened.key("End")
-    opened.page.wait_for_timeout(100)
+    opened.drawn()
     place = opened.of_colour((0, 114, 178))  # decode
     opened.page.mouse.click(place["x"], place["y"])
     why = opened.page.locator(".llt .why")
-    why.get_by_text("after it arrived").first.wait_for(timeout=5_000)
+    why.get_by_text("after it arrived").first.wait_for(timeout=PATIENCE)
     name = why.locator("h4").inner_text().split()[2]
     assert run.why(name).headline.split(":")[0].split(" us")[0] in why.inner_text().replace(" µs ", " us ")
     assert why.locator("li").count() == len(run.why(name).stretches)
@@ -205,7 +210,7 @@ def test_it_fits_and_is_photographed(browser: Any, path: Path, screenshots: Path
     opened = Opened(browser, path, width, scheme)
     assert opened.root.get_attribute("data-theme") == scheme
     opened.key("ArrowUp")
-    opened.page.wait_for_timeout(200)
+    opened.drawn()
     opened.root.screenshot(path=screenshots / f"timeline_{scheme}_{width}.png")
     wide = opened.root.evaluate("root => [...root.querySelectorAll('*')].every(e => e.getBoundingClientRect().right <= root.getBoundingClientRect().right + 1)")
     assert wide, f"something sticks out at {width} px"
@@ -215,7 +220,7 @@ def test_it_fits_and_is_photographed(browser: Any, path: Path, screenshots: Path
 def test_a_thousand_requests_stay_smooth(browser: Any, tmp_path: Path, screenshots: Path) -> None:
     opened = Opened(browser, crowded(1000, 6e-4).to_html(tmp_path / "run.html"))
     opened.key("0")
-    opened.page.wait_for_timeout(100)
+    opened.drawn()
     opened.root.screenshot(path=screenshots / "timeline_thousand.png")
     last = int(opened.page.locator(".llt .over").get_attribute("aria-valuemax"))
     steps = set()

@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("marimo")
 pytest.importorskip("anywidget")
+from lab import PATIENCE
 
 APP = '''
 import marimo
@@ -75,7 +76,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(200):
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=2)
                 break
@@ -95,7 +96,7 @@ def page(browser: Any, url: str, request: pytest.FixtureRequest, screenshots: Pa
     page.on("request", lambda r: asked.append(r.url))
     page.on("pageerror", lambda e: complaints.append(str(e)))
     page.goto(url)
-    page.locator(".llt[data-drawn=yes]").nth(1).wait_for(timeout=40_000)
+    page.locator(".llt[data-drawn=yes]").nth(1).wait_for(timeout=PATIENCE)
     yield page
     page.screenshot(path=screenshots / f"timeline_marimo_{request.param}.png")
     assert complaints == [] and [u for u in asked if not u.startswith((url, "data:", "blob:"))] == []
@@ -108,14 +109,14 @@ def test_both_timelines_talk_to_the_kernel(page: Any) -> None:
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    page.get_by_text("STATE 1 r0").wait_for(timeout=10_000)
-    done.locator(".why").get_by_text("r0 ended").wait_for(timeout=10_000)
+    page.get_by_text("STATE 1 r0").wait_for(timeout=PATIENCE)
+    done.locator(".why").get_by_text("r0 ended").wait_for(timeout=PATIENCE)
     first = int(live.get_attribute("data-step"))
-    page.wait_for_function(f"n => +n.dataset.step > {first + 5}", arg=live.element_handle(), timeout=10_000)
+    page.wait_for_function(f"n => +n.dataset.step > {first + 5}", arg=live.element_handle(), timeout=PATIENCE)
     live.get_by_role("button", name="Pause").click()
-    page.wait_for_timeout(150)
+    live.get_by_role("button", name="Follow").wait_for(timeout=PATIENCE)
     stopped = live.get_attribute("data-step")
     page.wait_for_timeout(400)
     assert live.get_attribute("data-step") == stopped
     live.get_by_role("button", name="Follow").click()
-    page.wait_for_function(f"n => +n.dataset.step > {stopped}", arg=live.element_handle(), timeout=10_000)
+    page.wait_for_function(f"n => +n.dataset.step > {stopped}", arg=live.element_handle(), timeout=PATIENCE)

@@ -126,8 +126,8 @@ def test_more_room_for_experts_is_never_slower_and_the_finding_says_what_was_run
 
 def test_charts_above_one_another_fit_a_narrow_page_on_one_scale() -> None:
     parts = [{"width": 820, "height": 60}, {"width": 410}, {"mark": "bar"}]
-    fitted = pictures._fitted({"vconcat": parts, "config": {}})["vconcat"]
-    assert fitted[0] == {"width": pictures.NARROW, "height": 60} and fitted[1] == {"width": pictures.NARROW / 2}
+    fitted = pictures._fitted({"vconcat": parts, "config": {}}, 800)["vconcat"]
+    assert fitted[0] == {"width": 690, "height": 60} and fitted[1] == {"width": 345}
     assert fitted[2] == {"mark": "bar"} and parts[0]["width"] == 820
-    assert pictures._fitted({"vconcat": [{"width": 300}]})["vconcat"] == [{"width": 300}], "nothing is made wider"
-    assert pictures._fitted({"width": 500})["width"] == "container"
+    assert pictures._fitted({"vconcat": [{"width": 300}]}, 1280)["vconcat"] == [{"width": 1170}], "nothing stays empty"
+    assert pictures._fitted({"width": 500}, 800)["width"] == "container"

@@ -20,9 +20,9 @@ const CSS = `
 .llt button:hover, .llt select:hover { border-color:var(--mute); }
 .llt .play { min-width:66px; font-weight:600; }
 .llt .gap { flex:1; }
-.llt canvas { display:block; width:100%; touch-action:pan-y; cursor:crosshair; }
+.llt canvas { display:block; width:100%; contain:strict; touch-action:pan-y; cursor:crosshair; }
 .llt .over { border-radius:6px; cursor:ew-resize; }
-.llt .tiles { display:flex; flex-wrap:wrap; gap:4px 22px; margin:8px 0 12px; }
+.llt .tiles { display:flex; flex-wrap:wrap; gap:4px 22px; margin:8px 0 12px; contain:layout style; }
 .llt .tiles div { min-width:62px; }
 .llt .tiles span { color:var(--mute); display:block; font-size:12px; }
 .llt .tiles b { font-size:17px; font-weight:600; font-variant-numeric:tabular-nums; white-space:nowrap; }
@@ -68,7 +68,8 @@ const CSS = `
 const LEFT = 46, RIGHT = 10, AXIS = 20;
 const SLOTS = [6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 100, 128, 160, 200, 260, 340, 440, 580, 760, 1000];
 const SECONDS_ON_SCREEN = 30; // a whole run at speed 1
-const LIVE_MS = 45; // between two pictures of a live run, however often its data come
+const LIVE_MS = 80; // between two pictures of a live run, however often its data come
+const WORDS_MS = 250; // between two texts while pictures move: nobody reads faster, and a new word makes the page lay itself out
 const SHARE = 30; // a picture of a live run may take one part in so many of the time: a slow machine draws fewer
 const SLOW_MS = 500; // between two pictures of what changes slowly while a live run is followed
 const [QUEUED, PREFILL, DECODE, PREEMPTED, SWAPPED, RECOMPUTE, HELD] = [0, 1, 2, 3, 4, 5, 6];
@@ -240,7 +241,7 @@ function surroundings(element) {
 class View {
   constructor(model, el) {
     this.model = model; this.book = new Book(); this.row = 0; this.follow = true; this.zoom = null;
-    this.hover = null; this.drawnAt = 0; this.whys = new Map(); this.widths = new Map(); this.entries = new Map(); this.slowAt = -1e9; this.took = 0; this.dirty = true; this.coming = false; this.saidStep = null; this.alive = true; this.forks = new Map();
+    this.hover = null; this.drawnAt = 0; this.whys = new Map(); this.widths = new Map(); this.entries = new Map(); this.slowAt = -1e9; this.took = 0; this.dirty = true; this.coming = false; this.wordy = true; this.wordsAt = -1e9; this.saidStep = null; this.alive = true; this.forks = new Map();
     this.build(el);
     this.cleanups = [];
     this.wire();
@@ -616,7 +617,16 @@ class View {
   draw() {
     const b = this.book, s = b.steps, row = this.row;
     this.drawn = this.window;
+    this.wordy = !this.playing || this.drawnAt - this.wordsAt >= WORDS_MS;
     this.drawLines(); this.drawStrip(); this.drawWall(); // all canvases before the first new word: text on a canvas asks for the page's style
+    this.root.dataset.step = s.step[row] ?? -1; this.root.dataset.batch = b.number; this.root.dataset.drawn = "yes";
+    if (this.wordy) this.drawWords();
+    else this.later ??= setTimeout(() => { this.later = null; this.redraw(); }, WORDS_MS);
+  }
+
+  drawWords() { // numbers and sentences
+    const b = this.book, s = b.steps, row = this.row;
+    this.wordsAt = this.drawnAt;
     if (!(this.isLive && this.follow) || this.drawnAt - this.slowAt >= SLOW_MS) this.drawSlowly();
     say(this.play, this.playing ? "Pause" : this.isLive ? "Follow" : "Play");
     this.play.ariaLabel = this.play.textContent;
@@ -630,7 +640,10 @@ class View {
       tile("KV in use", blocks ? Math.round(100 * s.used[row] / blocks) + "%" : s.used[row], full)] :
       [tile("steps", "are recorded from log_level=1 on")]);
     this.drawLog();
-    this.root.dataset.step = s.step[row] ?? -1; this.root.dataset.batch = b.number; this.root.dataset.drawn = "yes";
+  }
+
+  note(node, text) { // words beside a picture, with the others
+    if (this.wordy) say(node, text);
   }
 
   drawSlowly() { // the whole run, and what assistants are told of it
@@ -660,13 +673,15 @@ class View {
     if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
       canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio); canvas.style.height = height + "px";
     }
-    const g = canvas.getContext("2d");
+    const g = canvas.getContext("2d", { alpha: false }); // nothing shines through, so nothing needs to be mixed
     g.setTransform(ratio, 0, 0, ratio, 0, 0);
-    if (!keep) g.clearRect(0, 0, width, height);
+    if (!keep) this.wipe(g, 0, 0, width, height);
     if (!g.font.startsWith("11.5px")) g.font = "11.5px system-ui, 'Liberation Sans', Helvetica, Arial, sans-serif";
     g.textBaseline = "middle"; g.textAlign = "left";
     return { g, width, height };
   }
+
+  wipe(g, x, y, width, height) { g.globalAlpha = 1; g.fillStyle = this.c.paper; g.fillRect(x, y, width, height); }
 
   hatch(g, colour, over) { // diagonal lines of `over` on `colour`
     const key = colour + over;
@@ -740,8 +755,8 @@ class View {
     this.labels(g, shown, h, width, x, z);
     if (!this.follow) { g.fillStyle = c.decode; g.fillRect(Math.round(cut) - 1, 2, 2, tall + 4); }
     const active = b.length ? `${plural(shown.length, "request")} in view` : plural(shown.length, "request");
-    this.linesNote.textContent = active + (b.lost ? `; ${plural(b.lost, "event")} fell out of the log unread` : "");
-    this.lines.setAttribute("aria-label", `Timeline: ${active}, from ${this.secs(Math.max(0, a))} to ${this.secs(z)}`);
+    this.note(this.linesNote, active + (b.lost ? `; ${plural(b.lost, "event")} fell out of the log unread` : ""));
+    if (this.wordy) this.lines.setAttribute("aria-label", `Timeline: ${active}, from ${this.secs(Math.max(0, a))} to ${this.secs(z)}`);
   }
 
   drawRequest(g, r, y, h, x, z, wide) {
@@ -866,7 +881,7 @@ class View {
     } else g.fillText(most, LEFT - 8, y(most));
     if (!this.follow && b.length) { const at = x(s.start[this.row]); g.fillStyle = c.decode; g.fillRect(Math.round(at) - 1, 4, 2, tall + 4); }
     g.textAlign = "left";
-    say(this.stripNote, (budget ? (shownBudget ? `dashed: budget ${budget}` : `budget ${budget}, far above`) : "") + (known || !b.length ? "" : "; prefill and decode are told apart from log_level=2 on"));
+    this.note(this.stripNote, (budget ? (shownBudget ? `dashed: budget ${budget}` : `budget ${budget}, far above`) : "") + (known || !b.length ? "" : "; prefill and decode are told apart from log_level=2 on"));
   }
 
   pool(time) { // blocks in service at this instant
@@ -916,7 +931,7 @@ class View {
       if (before && before[i] === value) continue; // it is there already
       values[i] = value;
       const x = i % columns * pitch, y = Math.floor(i / columns) * pitch, size = pitch - gap;
-      if (before) { g.globalAlpha = 1; g.clearRect(x, y, pitch, pitch); }
+      if (before) this.wipe(g, x, y, pitch, pitch);
       g.globalAlpha = bright && value >> 1 !== bright.index ? 0.25 : 1;
       g.fillStyle = value >= 0 ? this.owner(value >> 1) : value === -3 ? c.mute : value === -2 && size > 8 ? this.hatch(g, c.grid, c.cached) : c.grid;
       g.fillRect(x, y, size, size);
@@ -925,9 +940,11 @@ class View {
     }
     g.globalAlpha = 1;
     const service = this.pool(b.steps.start[this.row]);
-    say(this.wallNote, `${b.steps.used[this.row]} of ${service} in use` + (service < total ? `, ${total - service} out of service` : ""));
-    this.wallNote.style.color = b.steps.used[this.row] > 0.95 * service ? "var(--hot)" : "";
-    this.wall.ariaLabel = `KV blocks: ${this.wallNote.textContent}`;
+    this.note(this.wallNote, `${b.steps.used[this.row]} of ${service} in use` + (service < total ? `, ${total - service} out of service` : ""));
+    if (this.wordy) {
+      this.wallNote.style.color = b.steps.used[this.row] > 0.95 * service ? "var(--hot)" : "";
+      this.wall.ariaLabel = `KV blocks: ${this.wallNote.textContent}`;
+    }
     const keyed = m.wall + group + this.theme;
     if (keyed === this.wallKey) return;
     this.wallKey = keyed;
@@ -942,11 +959,7 @@ class View {
   drawLog() {
     const b = this.book, step = b.steps.step[this.row] ?? Infinity, key = `${b.nextNote}:${this.follow ? "" : step}:${bisect(b.noteSteps, step)}:${this.forks.size}:${this.theme}`;
     if (key === this.saidLog) return;
-    if (this.playing && performance.now() - (this.saidAt || 0) < 240) { // a sentence that nobody can read need not be shown
-      this.sayLater ??= setTimeout(() => { this.sayLater = null; this.redraw(); }, 250);
-      return;
-    }
-    this.saidLog = key; this.saidAt = performance.now();
+    this.saidLog = key;
     const end = bisect(b.noteSteps, step), start = bisect(b.noteSteps, step - 1);
     const shown = b.notes.slice(Math.max(0, Math.min(start, end - 14)), end).slice(-60).reverse();
     const current = b.notes.slice(start, end);
