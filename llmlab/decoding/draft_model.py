@@ -21,6 +21,7 @@ from llmlab.decoding.draft_trees import is_chain, planted
 from llmlab.decoding.drafts import REMEMBERED, DraftSetup
 from llmlab.decoding.rejection import draw_siblings
 from llmlab.decoding.sampler import Sampled, SampleRow, greedy, plain, probabilities, sample, sample_row
+from llmlab.kernels.dispatch import GreedyChain
 from llmlab.kernels.layout import AttentionMetadata, TreeRow
 from llmlab.models.loader import LoadedModel, load_model
 from llmlab.models.tokenizer import HFTokenizer
@@ -144,10 +145,10 @@ class DraftModel:
         return torch.zeros(size, dtype=self.loaded.dtype, device=self.loaded.device)
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
-        grown = {c.request.id: Growth(c, self._setup.plan(c.k)) for c in contexts if self._wanted(c)}
+        wanted = [c for c in contexts if self._wanted(c)]
         with torch.inference_mode():
-            self._grow(list(grown.values()))
-        return [grown[c.request.id].proposal() if c.request.id in grown else Proposal() for c in contexts]
+            made = self._drafted(wanted) if wanted else {}
+        return [made.get(c.request.id, Proposal()) for c in contexts]
 
     def _wanted(self, context: DraftContext) -> bool:
         """Requests that want drafts; and, if the KV is our own, those whose prompt is being computed."""
@@ -155,22 +156,47 @@ class DraftModel:
             return False
         return context.k > 0 or (self._own and len(context.token_ids) <= context.request.num_prompt_tokens)
 
-    def _grow(self, growths: Sequence[Growth]) -> None:
-        """Read what is new in each text, then one level of all trees at a time."""
-        if not growths:
-            return
-        logits = self._run([self._unread(g.context) for g in growths], last=True)
-        level = [(growth, -1) for growth in growths if growth.context.k]
-        logits = logits if len(level) == len(growths) else logits[[i for i, g in enumerate(growths) if g.context.k]]
+    def _drafted(self, contexts: Sequence[DraftContext]) -> dict[str, Proposal]:
+        """Read what is new in each text. Then chains of first choices in one call, where the kernels have it; all else level by level."""
+        states = self._run([self._unread(c) for c in contexts], last=True)
+        asking = [(context, i) for i, context in enumerate(contexts) if context.k]
+        chain = self._model.chain(self._kv) if asking and not self._setup.tree else None  # type: ignore[arg-type]
+        at_once = [(c, i) for c, i in asking if chain is not None and plain(c.request.sampling)]
+        others = [(c, i) for c, i in asking if chain is None or not plain(c.request.sampling)]
+        made = {}
+        if chain is not None and at_once:
+            made = self._follow(chain, [c for c, _ in at_once], states[[i for _, i in at_once]])
+        if others:
+            made |= self._grow([Growth(c, self._setup.plan(c.k)) for c, _ in others], states[[i for _, i in others]])
+        return made
+
+    def _follow(self, chain: GreedyChain, contexts: Sequence[DraftContext], states: Tensor) -> dict[str, Proposal]:
+        """The most likely token behind each text, `k` times, from the states [R, d] of the texts' last tokens."""
+        lengths, limits = [len(c.token_ids) for c in contexts], [c.k for c in contexts]
+        tokens = chain.run(states, lengths, [c.block_ids for c in contexts], limits, self._layers)
+        made = {}
+        for context, row in zip(contexts, tokens.tolist(), strict=True):
+            drafts = row[: row.index(-1)] if -1 in row else row
+            if self._own:
+                self._mark(context, further(self._marks.of(context)[-1], drafts[: context.k - 1]))
+            made[context.request.id] = Proposal(tuple(drafts))
+        return made
+
+    def _grow(self, growths: Sequence[Growth], states: Tensor) -> dict[str, Proposal]:
+        """One level of all trees at a time, from the states [R, d] of the texts' last tokens."""
+        level = [(growth, -1) for growth in growths]
         while level:
             nodes: dict[Growth, list[int]] = {}
-            for (growth, node), guesses in zip(level, self._guess(logits, level)):
+            for (growth, node), guesses in zip(level, self._guess(self._model.logits(states), level)):
                 nodes.setdefault(growth, []).extend(growth.fill(node, guesses))
             level = [(growth, node) for growth, made in nodes.items() for node in made]
             if level:
-                logits = self._run([growth.feed(made) for growth, made in nodes.items() if made], last=False)
+                states = self._run([growth.feed(made) for growth, made in nodes.items() if made], last=False)
         for growth in growths:
-            self._mark(growth)
+            if self._own and growth.fed:
+                text = self._marks.of(growth.context)[-1]
+                self._mark(growth.context, [further(text, growth.paths[node])[-1] for node in growth.fed])
+        return {growth.context.request.id: growth.proposal() for growth in growths}
 
     def _unread(self, context: DraftContext) -> Feed:
         """The tokens whose KV is missing, the last one in any case; marks what is computed now."""
@@ -196,17 +222,12 @@ class DraftModel:
         odds = probabilities(logits, rows)
         return [likely[i] if row.sampling.greedy else _drawn(odds[i], row, widths[i]) for i, row in enumerate(rows)]
 
-    def _mark(self, growth: Growth) -> None:
+    def _mark(self, context: DraftContext, marks: Sequence[int]) -> None:
         """What each slot behind the text stands for. A node that lies where its position is serves again if it holds."""
-        context = growth.context
-        if not self._own or not growth.fed:
-            return
-        text = self._marks.of(context)[-1]
-        marks = [further(text, growth.paths[node])[-1] for node in growth.fed]
         self._marks.write(marks, len(context.token_ids), context.block_ids)
 
     def _run(self, feeds: Sequence[Feed], last: bool) -> Tensor:
-        """Logits behind every token that is fed, or behind the `last` one of each row."""
+        """The states [n, d] behind every token that is fed, or behind the `last` one of each row."""
         device, size = self._model.device, self._setup.block_size
         lengths = [len(feed.ids) for feed in feeds]
         tables = [feed.table[: -(-feed.end // size)] for feed in feeds]
@@ -215,9 +236,7 @@ class DraftModel:
         positions = [position for feed in feeds for position in feed.positions]
         hidden = self._model.embed(torch.tensor(ids, device=device))
         hidden = self._model.forward(hidden, torch.tensor(positions, device=device), meta, self._kv, self._layers)  # type: ignore[arg-type]
-        if last and len(ids) > len(feeds):
-            hidden = hidden[[end - 1 for end in accumulate(lengths)]]
-        return self._model.logits(hidden)
+        return hidden[[end - 1 for end in accumulate(lengths)]] if last and len(ids) > len(feeds) else hidden
 
 
 def _drawn(odds: np.ndarray, row: SampleRow, width: int) -> list[Guess]:

@@ -97,6 +97,7 @@ def invariant(model: Any) -> Any:
     from llmlab.kernels.numba_kernels import NumbaKernels
 
     twin = copy.copy(model)
-    vars(twin).pop("_program", None)
+    for made in ("_program", "_chain"):
+        vars(twin).pop(made, None)
     twin.kernels = _Invariant(NumbaKernels().paged_attention)
     return twin

@@ -78,6 +78,29 @@ class Common(NamedTuple):
     rotations: tuple[Rotations, ...]
 
 
+class ChainEnds(NamedTuple):
+    """What stands before and behind the layers: `embedding [V, d]`, multiplied by `scale`; a norm and the output layer."""
+
+    embedding: Tensor
+    scale: float
+    norm: Tensor
+    head: LinearImpl
+    eps: float
+
+
+class GreedyChain(Protocol):
+    """Tokens that follow one another, chosen greedily, as one call."""
+
+    def fits(self, kv_caches: KVCaches) -> bool:
+        """Whether it can run on these; binds them."""
+
+    def run(self, hidden: Tensor, lengths: Sequence[int], block_tables: Sequence[Sequence[int]], limits: Sequence[int], span: range
+            ) -> np.ndarray:  # fmt: skip
+        """`limits[r]` tokens behind each of R texts of `lengths[r]` tokens, [R, max(limits)] int64, -1 behind the last one; a row
+        also ends before a token whose logits have no finite largest one. `hidden [R, d]`: the states behind the last layer of the texts' last
+        tokens. KV of all tokens but the last goes into the caches by `block_tables`. `span`: the layers that run."""
+
+
 class LayerProgram(Protocol):
     """Layers that run as one call."""
 
@@ -179,6 +202,9 @@ class Kernels(Protocol):
     def program(self, layers: Sequence[LayerParts], common: Common) -> LayerProgram | None:
         """Plain layers compiled to one call with the same results; None where this set has nothing to gain."""
 
+    def chain(self, layers: Sequence[LayerParts], common: Common, ends: ChainEnds) -> GreedyChain | None:
+        """Plain layers over and over, with all that lies between two tokens; None where this set has nothing to gain."""
+
     def argmax(self, logits: Tensor) -> Tensor:
         """The lowest id of the largest logit of each row [n] int64, -1 where that is not finite."""
 
@@ -275,6 +301,9 @@ class BaseKernels:
         return self.gated_act(lin_gate_up(x), act)
 
     def program(self, layers: Sequence[LayerParts], common: Common) -> LayerProgram | None:
+        return None
+
+    def chain(self, layers: Sequence[LayerParts], common: Common, ends: ChainEnds) -> GreedyChain | None:
         return None
 
     def argmax(self, logits: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class AttentionMetadata:
             row = int(np.argmax(num_q > lens))
             problem = f"is more than seq_lens[{row}] = {lens[row]}"
             raise LabError(f"query_lens[{row}]", int(num_q[row]), problem, "count the new tokens in both")
-        tables = _rectangular(block_tables, lens, block_size)
+        tables = rectangular(block_tables, lens, block_size)
         if single:
             starts, slots = _single_slots(seq_lens, block_tables, block_size)
         else:
@@ -186,7 +186,7 @@ def _single_slots(lens: Sequence[int], tables: Sequence[Sequence[int]], block_si
     return np.arange(len(lens) + 1), np.array(slots, np.int64)
 
 
-def _rectangular(block_tables: Sequence[Sequence[int]], lens: np.ndarray, block_size: int) -> np.ndarray:
+def rectangular(block_tables: Sequence[Sequence[int]], lens: np.ndarray, block_size: int) -> np.ndarray:
     """Block tables as one int32 matrix, padded with 0 (a block that padding never reads)."""
     sizes = list(map(len, block_tables))
     short = np.flatnonzero(np.asarray(sizes, np.int64) * block_size < lens)

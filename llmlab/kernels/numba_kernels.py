@@ -12,7 +12,17 @@ from torch import Tensor
 
 from llmlab.kernels import reference
 from llmlab.kernels.attention_plan import AttnPlan, plan_attention
-from llmlab.kernels.dispatch import BaseKernels, Common, ExpertsImpl, LayerParts, LayerProgram, LinearImpl
+from llmlab.kernels.chain import Chain
+from llmlab.kernels.dispatch import (
+    BaseKernels,
+    ChainEnds,
+    Common,
+    ExpertsImpl,
+    GreedyChain,
+    LayerParts,
+    LayerProgram,
+    LinearImpl,
+)
 from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoice
 from llmlab.kernels.linear import PLAIN, PackedLinear, dense, gate_rows
 from llmlab.kernels.moe import PackedExperts
@@ -173,6 +183,13 @@ class NumbaKernels(BaseKernels):
             return None
         return Program(self.pool, self.plan, layers, common)
 
+    def chain(self, layers: Sequence[LayerParts], common: Common, ends: ChainEnds) -> GreedyChain | None:
+        program = self.program(layers, common)
+        rounded = ends.scale != 1.0 and ends.embedding.dtype is not torch.float32  # embeddings that are scaled in narrow numbers
+        if not isinstance(program, Program) or not isinstance(ends.head, PackedLinear) or rounded:
+            return None
+        return Chain(self.pool, program, ends)
+
     def describe(self) -> list[KernelChoice]:
         team = f"{openmp().library}, {self.pool.num_threads} threads"
         tile = f"{SHAPE.rows} x {SHAPE.vectors} vectors of {SHAPE.lanes} floats"
@@ -222,6 +239,11 @@ _CHOICES = (
         "program",
         "numba, one entry",
         "plain layers run as one call: a step enters Python once, not for every operation",
+    ),
+    (
+        "chain",
+        "numba, one entry",
+        "all drafts of plain layers run as one call: Python is entered once, not for every token",
     ),
     ("rms_norm", "numba", "one call instead of five torch operators"),
     ("experts", "numba linears, torch routing", "each expert's tokens form one batch"),

@@ -69,7 +69,7 @@ class Program:
         self._caches: KVCaches | None = None
         self._first: Tensor | None = None
         self._num_blocks = 0
-        self._windows = {w: [i for i, layer in enumerate(layers) if layer.window == w] for w in {x.window for x in layers}}
+        self.windows = {w: [i for i, layer in enumerate(layers) if layer.window == w] for w in {x.window for x in layers}}
         self._views = self._step_views()
 
     # ------------------------------------------------------------------------------ filled once
@@ -130,8 +130,35 @@ class Program:
         }  # fmt: skip
         return columns
 
+    # ----------------------------------------------------------------- what is known of the step and of the caches
+    @property
+    def kv_heads(self) -> int:
+        return self._common.kv_heads
+
+    @property
+    def max_positions(self) -> int:
+        return self._length
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def block_size(self) -> int:
+        return int(self._steady["block_size"])
+
+    @property
+    def normed(self) -> int:
+        """Where the normed inputs of a linear layer lie, once `place` has made room for them."""
+        return int(self._steady["normed"])
+
+    @property
+    def tiles(self) -> int:
+        """Where the threads' tiles lie."""
+        return int(self._steady["tiles"])
+
     # ------------------------------------------------------------------------------- every step
-    def _set(self, **values: int) -> None:
+    def set(self, **values: int) -> None:
         """Write the values that differ from the step before."""
         steady, views = self._steady, self._views
         for name, value in values.items():
@@ -157,7 +184,7 @@ class Program:
         for name in ("rope", "attention"):
             self._records[name]["k_cache"] = [k.data_ptr() for k, _ in pairs]
             self._records[name]["v_cache"] = [v.data_ptr() for _, v in pairs]
-        self._set(block_size=k.shape[2], block_stride=k.stride(0), head_stride=k.stride(1))
+        self.set(block_size=k.shape[2], block_stride=k.stride(0), head_stride=k.stride(1))
         self._caches, self._first, self._num_blocks = kv_caches, k, k.shape[0]
         return True
 
@@ -170,18 +197,22 @@ class Program:
         if tokens and int(positions.numpy().max()) >= self._length:
             raise LabError("positions", int(positions.max()), f"is beyond the model's {self._length} positions")
         check_blocks(self._pool, meta, self._num_blocks, self._steady["block_size"])
-        self._place(tokens, threads)
+        self.place(tokens, threads)
         table, width, rows, lens, cu = meta.addresses
         forks, seen = tree_addresses(meta)
-        self._set(threads=threads, tokens=tokens, hidden=hidden.data_ptr(), positions=positions.data_ptr(),
+        self.set(threads=threads, tokens=tokens, hidden=hidden.data_ptr(), positions=positions.data_ptr(),
                   slots=meta.slot_mapping.data_ptr(), block_tables=table, table_width=width, rows=rows, seq_lens=lens,
                   cu_seqlens_q=cu, causal=int(meta.mask == "causal"), forks=forks, seen=seen)  # fmt: skip
         self._plan(meta, threads)
-        calls = self._calls.ctypes.data + span.start * self._calls[0].nbytes
-        self._pool.run(SEQUENCE.call(threads, len(span) * len(OPERATIONS), calls))
+        calls = self.calls(span)
+        self._pool.run(SEQUENCE.call(threads, len(calls), calls.ctypes.data))
         return hidden
 
-    def _place(self, tokens: int, threads: int) -> None:
+    def calls(self, span: range) -> np.ndarray:
+        """What `SEQUENCE` runs for the layers of `span`: [operations, 2] int64, their functions and records."""
+        return self._calls[span.start : span.stop].reshape(-1, 2)
+
+    def place(self, tokens: int, threads: int) -> None:
         """Working memory for so many tokens: one buffer, cut by the largest step so far."""
         common, layer = self._common, self._layers[0]
         query = common.heads * common.head_dim
@@ -191,19 +222,24 @@ class Program:
             self._work = torch.empty(max(64, tokens) * sum(sizes.values()))
             at = self._work.data_ptr()
             for name, size in sizes.items():
-                self._set(**{name: at})
+                self.set(**{name: at})
                 at += 4 * max(64, tokens) * size
-            self._set(k=self._steady["qkv"] + 4 * query, v=self._steady["qkv"] + 4 * (query + common.kv_heads * common.head_dim))
+            self.set(k=self._steady["qkv"] + 4 * query, v=self._steady["qkv"] + 4 * (query + common.kv_heads * common.head_dim))
         each = self._records["attention"]["scratch_floats"][0]
         scratch = self._pool.scratch(int(threads * max(2 * ROWS * PANEL, each)))
-        self._set(tiles=scratch, scratch=scratch)
+        self.set(tiles=scratch, scratch=scratch)
+
+    def attend(self, window: int | None, plan: AttnPlan) -> None:
+        """Which plan the layers of a window follow. It must outlive the step."""
+        records, at = self._records["attention"], self.windows[window]
+        records["items"][at], records["starts"][at], records["merges"][at], records["num_merges"][at] = plan.addresses
 
     def _plan(self, meta: AttentionMetadata, threads: int) -> None:
         """The attention plan of each window, and room for its partial states."""
         common, records = self._common, self._records["attention"]
-        for window, at in self._windows.items():
+        for window, at in self.windows.items():
             plan = self._planner(meta, common.kv_heads, common.heads // common.kv_heads, window)
-            records["items"][at], records["starts"][at], records["merges"][at], records["num_merges"][at] = plan.addresses
+            self.attend(window, plan)
             if plan.num_partials:
                 room = torch.empty(plan.num_partials * common.heads * (common.head_dim + 1))
                 meta.derived["partials", window] = room

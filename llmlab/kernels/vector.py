@@ -362,9 +362,23 @@ def put_as(context, address, i, value, storage):
     return types.void(types.int64, types.int64, types.float32, storage), codegen
 
 
+@intrinsic
+def get_as(context, address, i, storage):
+    """The i-th element of an array of `storage`, widened."""
+    kind = {types.float32: FLOAT, types.uint16: I16, types.int16: ir.HalfType()}[storage]
+
+    def codegen(target, b, signature, args):
+        loaded = b.load(b.gep(b.inttoptr(args[0], kind.as_pointer()), [args[1]]))
+        if storage == types.float32:
+            return loaded
+        return b.fpext(loaded, FLOAT) if storage == types.int16 else b.bitcast(b.shl(b.zext(loaded, I32), I32(16)), FLOAT)
+
+    return types.float32(types.int64, types.int64, storage), codegen
+
+
 # Memory by address: numba compiles this in half the time that its arrays take.
 get, put = _accessors(types.float32, FLOAT)
-get_int, _ = _accessors(types.int32, I32)
+get_int, put_int = _accessors(types.int32, I32)
 get_long, put_long = _accessors(types.int64, I64)
 
 

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmlab.kernels.dispatch import (
+    ChainEnds,
     Common,
     ExpertsImpl,
+    GreedyChain,
     Kernels,
     KVCaches,
     LayerParts,
@@ -131,8 +133,8 @@ class Transformer:
         )
 
     @functools.cached_property
-    def _program(self) -> LayerProgram | None:
-        """All layers as one call, if they are plain and the kernels can."""
+    def _plain(self) -> tuple[list[LayerParts], Common] | None:
+        """All layers and what they share, if they are plain."""
         shape = self.shape
         if not isinstance(self.layers, list) or shape.post_norms or any(map(shape.is_moe, range(shape.num_layers))):
             return None
@@ -149,7 +151,25 @@ class Transformer:
             *(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rms_norm_eps, shape.activation),
             *(shape.query_scale, shape.attn_softcap, rotations),
         )
-        return self.kernels.program(parts, common)
+        return parts, common
+
+    @functools.cached_property
+    def _program(self) -> LayerProgram | None:
+        """All layers as one call, if they are plain and the kernels can."""
+        return None if self._plain is None else self.kernels.program(*self._plain)
+
+    @functools.cached_property
+    def _chain(self) -> GreedyChain | None:
+        """Many tokens as one call, if the layers are plain and the kernels can."""
+        if self._plain is None or self.shape.final_softcap is not None:
+            return None
+        ends = ChainEnds(self._embedding, self._embedding_scale, self._final_norm, self._lm_head, self.shape.rms_norm_eps)
+        return self.kernels.chain(*self._plain, ends)
+
+    def chain(self, kv_caches: KVCaches) -> GreedyChain | None:
+        """What continues texts greedily in one call, on these caches; None: go token by token, with the same results."""
+        chain = self._chain
+        return chain if chain is not None and chain.fits(kv_caches) else None
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """`input_ids [T]` (int32 or int64) to the hidden states before layer 0, [T, hidden_size]."""
