@@ -7,6 +7,7 @@ agree on it before anything is shown.
 from __future__ import annotations
 
 import html
+import mimetypes
 import os
 import socket
 import threading
@@ -14,10 +15,12 @@ import time
 import webbrowser
 from collections.abc import Callable, Sequence
 from http.cookies import SimpleCookie
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from llmlab.applab import first
 from llmlab.applab.gallery import APPS, App, app_file
 from llmlab.types import ConfigError
 
@@ -98,7 +101,41 @@ def lab(apps: Sequence[App] = APPS) -> Any:
     async def cards(request: Any) -> Any:
         return HTMLResponse(gallery_page(apps))
 
-    return Starlette(routes=[Route("/", cards), Mount("/", builder.build())])
+    return Starlette(routes=[Route("/", cards), Route("/{app}/first.{theme}.svg", _first_picture), Route("/{app}/assets/{name}", _Assets()),
+                             Mount("/", builder.build())])  # fmt: skip
+
+
+async def _first_picture(request: Any) -> Any:
+    """The picture that a page shows until it has one of its own."""
+    from starlette.responses import Response
+
+    known = request.path_params["theme"] in first.THEMES and request.path_params["app"] in {one.name for one in APPS}
+    file = first.picture_file(request.path_params["app"], request.path_params["theme"]) if known else None
+    if file is None:
+        return Response(status_code=404)
+    return Response(file.read_bytes(), media_type="image/svg+xml", headers={"Content-Encoding": "gzip", "Cache-Control": "no-cache"})
+
+
+class _Assets:
+    """ASGI: marimo's own scripts, styles and fonts, straight from its package. A page asks for 300 of them, and on their way through
+    marimo's server they cost more time than all else before the first picture. Their names hold a hash of what is in them."""
+
+    def __init__(self) -> None:
+        import marimo
+
+        folder = Path(marimo.__file__).parent / "_static" / "assets"
+        self._files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import Response
+
+        path = self._files.get(scope["path_params"]["name"])
+        if path is None:
+            answer = Response(status_code=404)
+        else:
+            kind = "text/javascript" if path.suffix == ".js" else mimetypes.guess_type(path.name)[0]
+            answer = Response(path.read_bytes(), media_type=kind, headers={"Cache-Control": "max-age=31536000, immutable"})
+        await answer(scope, receive, send)
 
 
 class Themed:
@@ -167,12 +204,34 @@ if (!llmlabTheme()) {{
   if (dark && document.cookie) location.reload();
 }}
 """
+# Shown from the first moment on, below what the page has already, until the page has a picture of its own.
+_FIRST = """
+(() => {
+  const theme = llmlabTheme() || "light", place = document.createElement("div"), until = Date.now() + 60000;
+  place.id = "llmlab-first";
+  place.className = theme;
+  place.innerHTML = `<p>Drawn earlier, to look at while the page is being loaded.</p><img alt="" src="first.${theme}.svg">`;
+  place.querySelector("img").onerror = () => place.remove();
+  document.documentElement.append(place);
+  const look = setInterval(() => {
+    const boxes = (what) => [...document.querySelectorAll(what)].map((e) => e.getBoundingClientRect());
+    const drawn = (root) => root.querySelector(".llt, .vega-embed canvas, .vega-embed svg") ||
+      [...root.querySelectorAll("*")].some((e) => e.shadowRoot && drawn(e.shadowRoot));
+    place.style.top = Math.max(34, ...boxes("#App .output-area").map((box) => box.bottom)) + "px";
+    if (drawn(document) || Date.now() > until) { clearInterval(look); place.remove(); }
+  }, 100);
+})();
+"""
 _HEAD = f"""
 <style>
   :root {{ --marimo-heading-font: Liberation Sans, Helvetica, Arial, sans-serif; --marimo-text-font: Liberation Sans, Helvetica, Arial, sans-serif; }}
   [data-testid="loading-indicator"] {{ margin-top: 30px; }}
   .running-app-icon {{ animation: llmlab-appear 0s 1s forwards; }} /* marimo's own turns for ever, and makes the page paint */
   @keyframes llmlab-appear {{ to {{ visibility: visible; }} }}
+  #llmlab-first {{ position: fixed; top: 34px; left: 0; right: 0; bottom: 0; z-index: 50; overflow: hidden; pointer-events: none;
+    padding: 0 max(24px, calc(50% - 628px)); font: 13px/1.4 Liberation Sans, Helvetica, Arial, sans-serif; color: #6B7580; }}
+  #llmlab-first.dark {{ color: #9AA5B1; }}
+  #llmlab-first img {{ max-width: 100%; max-height: calc(100% - 50px); }}
   .llmlab-bar {{ position: fixed; top: 0; left: 0; right: 0; height: 34px; z-index: 60; display: flex; align-items: center;
     gap: 14px; padding: 0 16px; font: 13px/1 Liberation Sans, Helvetica, Arial, sans-serif; background: #F4F6F8;
     border-bottom: 1px solid #E1E5EA; }}
@@ -193,7 +252,7 @@ _HEAD = f"""
   #App .marimo-cell {{ min-width: 0; max-width: 100%; }} #App h1 {{ margin: 12px 0 2px; }} #App .output {{ margin-bottom: 6px; }}
   .marimo-output-stale, .output-area-stale {{ opacity: 1 !important; }}
 </style>
-<script>{_SCRIPT}
+<script>{_SCRIPT}{_FIRST}
 addEventListener("DOMContentLoaded", () => {{
   const bar = document.createElement("nav"), dark = llmlabTheme() === "dark";
   bar.className = "llmlab-bar" + (dark ? " dark" : "");

@@ -65,7 +65,9 @@ def _open(name: str, port: int, browser: bool) -> None:
 
 
 def _warm_up(name: str) -> None:
-    """Load the engine's model while the visitor still reads the cards."""
+    """Load what the pages need, and the engine's model, while the browser still loads the page or the visitor reads the cards."""
+    import llmlab.applab.pages  # noqa: F401
+
     if name in ("", "engine_room"):
         from llmlab.applab.live import shared_engine
 

@@ -20,8 +20,9 @@ _COLLECTED: ContextVar[list[Shown] | None] = ContextVar("llmlab_teaching_collect
 
 # What says that a page is dark: JupyterLab, VS Code, Colab, and pages that say it of themselves.
 _DARK = ('[data-jp-theme-light="false"]', '.vscode-dark', '[data-vscode-theme-kind*="dark"]', 'html[theme="dark"]', '.dark', '[data-theme="dark"]')
-_FOLLOW = (f"<style>.llmlab-dark{{display:none}}{','.join(f'{one} .llmlab-light' for one in _DARK)}{{display:none}}"
-           f"{','.join(f'{one} .llmlab-dark' for one in _DARK)}{{display:inline}}</style>")  # fmt: skip
+# Important, because JupyterLab's own rule for pictures in an output is more specific than a class.
+_FOLLOW = (f"<style>.llmlab-dark{{display:none!important}}{','.join(f'{one} .llmlab-light' for one in _DARK)}{{display:none!important}}"
+           f"{','.join(f'{one} .llmlab-dark' for one in _DARK)}{{display:inline!important}}</style>")  # fmt: skip
 
 
 class Shown(NamedTuple):

@@ -15,7 +15,7 @@ import pytest
 from llmlab.applab.gallery import APPS
 
 pytest.importorskip("marimo", reason='marimo is not installed: pip install "llmlab[apps]"')
-from lab import Page, running_lab
+from lab import IMPATIENT, Page, running_lab
 
 LOOKS = [("light", 1280), ("dark", 800)]
 
@@ -35,6 +35,16 @@ def test_the_gallery_shows_a_card_for_each_app(browser: Any, lab: str, screensho
     page.save(screenshots, f"gallery_{scheme}_{width}")
     page.press("light" if scheme == "dark" else "dark")
     page.becomes(lambda: scheme not in (page.page.locator("body").get_attribute("class") or ""), "the theme does not switch")
+    page.close()
+
+
+def test_a_page_shows_a_picture_before_it_has_one_of_its_own(browser: Any, lab: str) -> None:
+    page = Page(browser, lab, "dark", 1280, 900)
+    page.page.goto(f"{lab}kv_lab/", wait_until="commit")
+    page.page.wait_for_function("document.querySelector('#llmlab-first img')?.naturalWidth > 300")
+    assert page.page.locator("#App .vega-embed").count() == 0
+    page.page.locator("#App .vega-embed").first.wait_for(timeout=IMPATIENT)
+    page.becomes(lambda: page.page.locator("#llmlab-first").count() == 0, "the picture drawn beforehand stays")
     page.close()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 import llmlab
-from llmlab.applab import gallery, serving
+from llmlab.applab import first, gallery, serving
 from llmlab.applab.window import Window
 from llmlab.events import catalog as ev
 from llmlab.types import ConfigError
@@ -52,6 +54,61 @@ def test_any_free_port_needs_no_note() -> None:
     assert place.port > 0 and not place.note
     with pytest.raises(ConfigError):
         serving.find_port(70_000)
+
+
+# ---------------------------------------------------------------------------------- first pictures
+def test_every_app_has_a_first_picture_that_says_where_it_comes_from() -> None:
+    assert sorted(first.charts()) == sorted(app.name for app in gallery.APPS)
+    for app in gallery.APPS:
+        for theme in first.THEMES:
+            file = first.picture_file(app.name, theme)
+            assert file is not None, app.name
+            svg = gzip.decompress(file.read_bytes()).decode()
+            assert re.search(r"[Mm]easured|[Ss]imulated|[Mm]odelled|[Cc]omputed", svg), app.name
+            assert re.findall(r"https?://(?!www.w3.org)", svg) == []
+
+
+@pytest.mark.parametrize("name", ["engine_room", "kv_lab", "experts", "overlap", "roofline_explorer"])
+def test_a_first_picture_is_what_would_be_drawn_today(name: str) -> None:
+    file = first.picture_file(name, "light")
+    assert file is not None
+    svg = gzip.decompress(file.read_bytes()).decode()
+    drawn = re.findall(r"<text[^>]*>([^<]{12,})</text>", svg)
+    again = re.findall(r"<text[^>]*>([^<]{12,})</text>", first.svg(name, "light"))
+    assert drawn == again, "python -m llmlab.applab.first draws them anew"
+
+
+def served(path: str) -> tuple[int, dict[bytes, bytes], bytes]:
+    """What the lab answers: status, headers, body."""
+    pytest.importorskip("marimo")
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": [],
+             "root_path": "", "scheme": "http", "server": ("127.0.0.1", 1), "http_version": "1.1"}  # fmt: skip
+    with ThreadPoolExecutor(1) as fresh:
+        fresh.submit(asyncio.run, serving.lab(())(scope, receive, send)).result()
+    return sent[0]["status"], dict(sent[0]["headers"]), b"".join(m.get("body", b"") for m in sent)
+
+
+def test_first_pictures_and_scripts_are_sent_without_asking_marimo() -> None:
+    status, headers, body = served("/kv_lab/first.dark.svg")
+    assert (status, headers[b"content-type"], headers[b"content-encoding"]) == (200, b"image/svg+xml", b"gzip")
+    assert gzip.decompress(body).startswith(b"<svg")
+    for path in ("/nobody/first.dark.svg", "/kv_lab/first.pink.svg", "/kv_lab/assets/none.js", "/kv_lab/assets/..%2Findex.html"):
+        assert served(path)[0] == 404
+    import marimo
+
+    script = next((Path(marimo.__file__).parent / "_static" / "assets").glob("*.js"))
+    status, headers, body = served(f"/kv_lab/assets/{script.name}")
+    assert (status, headers[b"content-type"]) == (200, b"text/javascript; charset=utf-8")
+    assert b"immutable" in headers[b"cache-control"]
+    assert body == script.read_bytes()
 
 
 # ------------------------------------------------------------------------------------------ theme
