@@ -231,6 +231,7 @@ _HEAD = f"""
   #llmlab-first {{ position: fixed; top: 34px; left: 0; right: 0; bottom: 0; z-index: 50; overflow: hidden; pointer-events: none;
     padding: 0 max(24px, calc(50% - 628px)); font: 13px/1.4 Liberation Sans, Helvetica, Arial, sans-serif; color: #6B7580; }}
   #llmlab-first.dark {{ color: #9AA5B1; }}
+  #llmlab-first p {{ margin: 12px 0 6px; }}
   #llmlab-first img {{ max-width: 100%; max-height: calc(100% - 50px); }}
   .llmlab-bar {{ position: fixed; top: 0; left: 0; right: 0; height: 34px; z-index: 60; display: flex; align-items: center;
     gap: 14px; padding: 0 16px; font: 13px/1 Liberation Sans, Helvetica, Arial, sans-serif; background: #F4F6F8;

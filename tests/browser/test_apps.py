@@ -15,7 +15,7 @@ import pytest
 from llmlab.applab.gallery import APPS
 
 pytest.importorskip("marimo", reason='marimo is not installed: pip install "llmlab[apps]"')
-from lab import IMPATIENT, Page, running_lab
+from lab import Page, running_lab
 
 LOOKS = [("light", 1280), ("dark", 800)]
 
@@ -43,7 +43,7 @@ def test_a_page_shows_a_picture_before_it_has_one_of_its_own(browser: Any, lab: 
     page.page.goto(f"{lab}kv_lab/", wait_until="commit")
     page.page.wait_for_function("document.querySelector('#llmlab-first img')?.naturalWidth > 300")
     assert page.page.locator("#App .vega-embed").count() == 0
-    page.page.locator("#App .vega-embed").first.wait_for(timeout=IMPATIENT)
+    page.page.locator("#App .vega-embed").first.wait_for()
     page.becomes(lambda: page.page.locator("#llmlab-first").count() == 0, "the picture drawn beforehand stays")
     page.close()
 
