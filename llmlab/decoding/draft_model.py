@@ -28,6 +28,7 @@ from llmlab.models.tokenizer import HFTokenizer
 from llmlab.seams import DraftContext, Proposal
 from llmlab.types import ConfigError
 
+GLANCE = 2  # new tokens of a text that a chain reads one by one: after a round that held, the last draft and the one behind it
 _START = 0x9E3779B97F4A7C15
 
 
@@ -124,6 +125,10 @@ class Feed(NamedTuple):
     table: Sequence[int]
     tree: TreeRow = TreeRow()
 
+    def without_last(self) -> Feed:
+        """All tokens but the last, of a row that is no tree."""
+        return Feed(self.ids[:-1], self.positions[:-1], self.end - 1, self.table)
+
 
 class DraftModel:
     """Drafts level by level with a model of the same vocabulary. A request that samples gets drafts sampled with the same
@@ -157,33 +162,38 @@ class DraftModel:
         return context.k > 0 or (self._own and len(context.token_ids) <= context.request.num_prompt_tokens)
 
     def _drafted(self, contexts: Sequence[DraftContext]) -> dict[str, Proposal]:
-        """Read what is new in each text. Then chains of first choices in one call, where the kernels have it; all else level by level."""
-        states = self._run([self._unread(c) for c in contexts], last=True)
-        asking = [(context, i) for i, context in enumerate(contexts) if context.k]
-        chain = self._model.chain(self._kv) if asking and not self._setup.tree else None  # type: ignore[arg-type]
-        at_once = [(c, i) for c, i in asking if chain is not None and plain(c.request.sampling)]
-        others = [(c, i) for c, i in asking if chain is None or not plain(c.request.sampling)]
-        made = {}
-        if chain is not None and at_once:
-            made = self._follow(chain, [c for c, _ in at_once], states[[i for _, i in at_once]])
-        if others:
-            made |= self._grow([Growth(c, self._setup.plan(c.k)) for c, _ in others], states[[i for _, i in others]])
-        return made
+        """Chains of first choices in one call, where the kernels have it; all else level by level."""
+        chain = None if self._setup.tree else self._model.chain(self._kv)  # type: ignore[arg-type]
+        chained: list[DraftContext] = []
+        others: list[DraftContext] = []
+        for context in contexts:
+            (chained if chain is not None and context.k and plain(context.request.sampling) else others).append(context)
+        made = self._grow(others) if others else {}
+        return made | self._follow(chain, chained) if chain is not None and chained else made
 
-    def _follow(self, chain: GreedyChain, contexts: Sequence[DraftContext], states: Tensor) -> dict[str, Proposal]:
-        """The most likely token behind each text, `k` times, from the states [R, d] of the texts' last tokens."""
-        lengths, limits = [len(c.token_ids) for c in contexts], [c.k for c in contexts]
-        tokens = chain.run(states, lengths, [c.block_ids for c in contexts], limits, self._layers)
+    def _follow(self, chain: GreedyChain, contexts: Sequence[DraftContext]) -> dict[str, Proposal]:
+        """The most likely token behind each text, `k` times. What is new in a text is read on the way, unless it is long."""
+        feeds = [self._unread(c) for c in contexts]
+        texts = [feed.ids if len(feed.ids) <= GLANCE else feed.ids[-1:] for feed in feeds]
+        before = [feed.without_last() for feed in feeds if len(feed.ids) > GLANCE]
+        if before:
+            self._run(before, last=True)
+        starts, counts = [feed.end - len(text) for feed, text in zip(feeds, texts)], [c.k for c in contexts]
+        rows = chain.run(texts, starts, [c.block_ids for c in contexts], counts, self._layers).tolist()
         made = {}
-        for context, row in zip(contexts, tokens.tolist(), strict=True):
-            drafts = row[: row.index(-1)] if -1 in row else row
+        for context, text, row in zip(contexts, texts, rows, strict=True):
+            drafts = row[len(text) : len(text) + context.k]
+            drafts = drafts[: drafts.index(-1)] if -1 in drafts else drafts
             if self._own:
                 self._mark(context, further(self._marks.of(context)[-1], drafts[: context.k - 1]))
             made[context.request.id] = Proposal(tuple(drafts))
         return made
 
-    def _grow(self, growths: Sequence[Growth], states: Tensor) -> dict[str, Proposal]:
-        """One level of all trees at a time, from the states [R, d] of the texts' last tokens."""
+    def _grow(self, contexts: Sequence[DraftContext]) -> dict[str, Proposal]:
+        """Read what is new in each text, then one level of all trees at a time."""
+        states = self._run([self._unread(c) for c in contexts], last=True)
+        growths = [Growth(c, self._setup.plan(c.k)) for c in contexts if c.k]
+        states = states if len(growths) == len(contexts) else states[[i for i, c in enumerate(contexts) if c.k]]
         level = [(growth, -1) for growth in growths]
         while level:
             nodes: dict[Growth, list[int]] = {}

@@ -1,10 +1,9 @@
 """Greedy continuations in one entry of the team: token after token, for several rows at once.
 
-A pass over one token of each row is the layers of a `Program`, with one operation before and two behind it: the
-token that was chosen last is fed (its embedding, its position, its KV slot, what it attends to), its logits are
-multiplied out, the next token is chosen. All passes lie one behind the other in one table of calls, so a chain of
-any length enters Python once. The operations are the very ones that run pass by pass: the tokens and the KV are
-the same bits.
+A pass over one token of each row is the layers of a `Program`, with one operation before and two behind it: a token is
+fed (its embedding, its position, its KV slot, what it attends to), its logits are multiplied out, the next token is
+chosen. All passes lie one behind the other in one table of calls, so a chain of any length enters Python once. The
+operations are the very ones that run pass by pass: the tokens and the KV are the same bits.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -15,7 +14,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from llmlab.kernels.attention_plan import START, STOP, AttnPlan, deal
 from llmlab.kernels.dispatch import ChainEnds, KVCaches
@@ -42,7 +40,7 @@ from llmlab.kernels.vector import (
 )
 from llmlab.types import LabError
 
-OVER = -1  # in place of a row's newest token: nothing more is fed, nothing more is chosen
+NOTHING = -1  # in place of a token: behind the end of a row
 
 
 @compiled()
@@ -61,13 +59,14 @@ def advance(a, row):
 
 @spliced
 def feed(a, storage):
-    """One thread's rows: the newest token becomes the input of the next pass; a row that is over writes no KV."""
+    """One thread's rows: the next token of those that have one to feed; the last one of a row is none, and the others write no KV."""
     first, last = share(thread_num(), a.threads, a.rows)
     for row in range(first, last):
-        token = get_long(a.newest, row)
-        if token < 0:
+        fed, token = get_long(a.fed, row), get_long(a.tokens, row * a.steps + get_long(a.fed, row))
+        if token < 0 or fed + 1 >= get_long(a.limits, row):
             put_long(a.slots, row, -1)
             continue
+        put_long(a.fed, row, fed + 1)
         advance(a, row)
         for i in range(a.columns):
             value = get_as(a.embedding + width(storage) * token * a.columns, i, storage)
@@ -87,16 +86,13 @@ def largest(logits, size):
 
 
 def choose(pointer):
-    """One thread's rows: the next token of those that are not over, into `tokens [rows, steps]`."""
+    """One thread's rows: the token behind the one that was fed, if it is not known already."""
     a = record(pointer)
     first, last = share(thread_num(), a.threads, a.rows)
     for row in range(first, last):
-        if get_long(a.newest, row) < 0:
-            continue
-        made, token = get_long(a.made, row), largest(a.logits + 4 * row * a.columns, a.columns)
-        put_long(a.tokens, row * a.steps + made, token)
-        put_long(a.made, row, made + 1)
-        put_long(a.newest, row, token if made + 1 < get_long(a.limits, row) else OVER)
+        at = a.tokens + 8 * (row * a.steps + get_long(a.fed, row))
+        if get_long(a.slots, row) >= 0 and get_long(at, 0) < 0:
+            put_long(at, 0, largest(a.logits + 4 * row * a.columns, a.columns))
 
 
 def feed_f32(pointer):
@@ -112,33 +108,30 @@ def feed_f16(pointer):
 
 
 _FEED_FIELDS = (
-    "rows columns embedding hidden newest seq_lens positions slots block_tables table_width block_size items windows num_windows"
+    "rows columns steps tokens fed limits embedding hidden seq_lens positions slots "
+    "block_tables table_width block_size items windows num_windows"
 )
 FEED_REGIONS = {
     dtype: Region(body, _FEED_FIELDS, floats="scale")
     for dtype, body in ((torch.float32, feed_f32), (torch.bfloat16, feed_bf16), (torch.float16, feed_f16))
 }
-CHOOSE_REGION = Region(choose, "rows columns steps logits newest made limits tokens")
+CHOOSE_REGION = Region(choose, "rows columns steps tokens fed slots logits")
 
 
 class Room:
-    """What a chain knows of its R rows, changed by every pass: `newest`, `made`, `limits`, `positions`, `slots` [R] int64,
+    """What a chain knows of its R rows, changed by every pass: `fed`, `limits`, `positions`, `slots` [R] int64,
     `seq_lens` [R] int32, `hidden [R, d]`, `logits [R, V]` float32; and the attention plan of each of W windows, whose items lie in
     `items [W, R, 6]`. A row is one item, and items are dealt to the threads as if all rows were of one length."""
 
     def __init__(self, rows: int, threads: int, windows: int, kv_heads: int, hidden_size: int, vocab_size: int) -> None:
         self.rows, self.threads = rows, threads
-        self.newest, self.made, self.limits, self.positions, self.slots = np.zeros((5, rows), np.int64)
+        self.fed, self.limits, self.positions, self.slots = np.zeros((4, rows), np.int64)
         self.items = np.zeros((windows, rows, 6), np.int64)
         self.items[:] = [(row, row, 1, 0, 1, -1) for row in range(rows)]
         self.seq_lens, self.cu_seqlens_q = np.zeros(rows, np.int32), np.arange(rows + 1, dtype=np.int32)
         self.hidden, self.logits = torch.empty(rows, hidden_size), torch.empty(rows, vocab_size)
         dealt = deal(np.ones(rows * kv_heads), threads)
         self.plans = [AttnPlan(items, dealt[0], NO_MERGES, 0, dealt[1]) for items in self.items]
-
-    def start(self, hidden: Tensor, lengths: Sequence[int], limits: Sequence[int]) -> None:
-        self.hidden.copy_(hidden)
-        self.newest[:], self.made[:], self.limits[:], self.seq_lens[:] = 0, 0, limits, lengths
 
 
 class Chain:
@@ -174,25 +167,29 @@ class Chain:
     def fits(self, kv_caches: KVCaches) -> bool:
         return self._program.fits(kv_caches)
 
-    def run(self, hidden: Tensor, lengths: Sequence[int], block_tables: Sequence[Sequence[int]], limits: Sequence[int], span: range
-            ) -> np.ndarray:  # fmt: skip
-        program, threads, rows, steps = self._program, self._pool.num_threads, len(lengths), max(limits)
-        tables, tokens = self._checked(lengths, block_tables, limits), np.full((rows, steps), OVER, np.int64)
-        self._enter(rows, threads).start(hidden, lengths, limits)
+    def run(self, texts: Sequence[Sequence[int]], starts: Sequence[int], block_tables: Sequence[Sequence[int]], counts: Sequence[int],
+            span: range) -> np.ndarray:  # fmt: skip
+        program, threads, rows = self._program, self._pool.num_threads, len(texts)
+        limits = [len(text) + count for text, count in zip(texts, counts, strict=True)]
+        tables, steps = self._checked(starts, block_tables, limits), max(limits)
+        tokens = np.array([[*text, *[NOTHING] * (steps - len(text))] for text in texts], np.int64)
+        room = self._enter(rows, threads)
+        room.fed[:], room.limits[:], room.seq_lens[:] = 0, limits, starts
         program.place(rows, threads)
         program.set(block_tables=tables.ctypes.data, table_width=tables.shape[1])
-        self._write("feed", block_tables=tables.ctypes.data, table_width=tables.shape[1], block_size=program.block_size)
+        self._write("feed", steps=steps, tokens=tokens.ctypes.data, block_tables=tables.ctypes.data, table_width=tables.shape[1],
+                    block_size=program.block_size)  # fmt: skip
         self._write("head", tiles=program.tiles, normed=program.normed)
         self._write("choose", steps=steps, tokens=tokens.ctypes.data)
-        calls = self._table(span, steps)
+        calls = self._table(span, steps - 1)
         self._pool.run(SEQUENCE.call(threads, len(calls), calls.ctypes.data))
         return tokens
 
-    def _checked(self, lengths: Sequence[int], block_tables: Sequence[Sequence[int]], limits: Sequence[int]) -> np.ndarray:
+    def _checked(self, starts: Sequence[int], block_tables: Sequence[Sequence[int]], limits: Sequence[int]) -> np.ndarray:
         """The block tables as a matrix, once they are known to hold all that the chain may write."""
-        program, ends = self._program, np.add(lengths, limits) - 1
+        program, ends = self._program, np.add(starts, limits) - 1
         if ends.max() > program.max_positions:
-            raise LabError("lengths", int(ends.max()), f"is beyond the model's {program.max_positions} positions")
+            raise LabError("starts", int(ends.max()), f"is beyond the model's {program.max_positions} positions")
         tables = rectangular(block_tables, ends, program.block_size)
         if tables.min() < 0 or tables.max() >= program.num_blocks:
             raise LabError("block_tables", tables.tolist(), f"name a block outside a cache of {program.num_blocks}")
@@ -212,22 +209,21 @@ class Chain:
     def _point(self, room: Room) -> None:
         """Write the addresses of a room into the records."""
         hidden, logits, lens = room.hidden.data_ptr(), room.logits.data_ptr(), room.seq_lens.ctypes.data
-        positions, slots, newest = (x.ctypes.data for x in (room.positions, room.slots, room.newest))
+        fed, positions, slots = (x.ctypes.data for x in (room.fed, room.positions, room.slots))
         self._program.set(threads=room.threads, tokens=room.rows, rows=room.rows, hidden=hidden, positions=positions, slots=slots,
                           seq_lens=lens, cu_seqlens_q=room.cu_seqlens_q.ctypes.data, causal=1, forks=0, seen=0)  # fmt: skip
         for window, plan in zip(self._program.windows, room.plans, strict=True):
             self._program.attend(window, plan)
         for name in self._records:
             self._write(name, threads=room.threads, rows=room.rows)
-        self._write("feed", hidden=hidden, newest=newest, seq_lens=lens, positions=positions, slots=slots, items=room.items.ctypes.data)
+        self._write("feed", hidden=hidden, fed=fed, limits=room.limits.ctypes.data, seq_lens=lens, positions=positions, slots=slots,
+                    items=room.items.ctypes.data)  # fmt: skip
         self._write("head", x=hidden, out=logits)
-        self._write("choose", logits=logits, newest=newest, made=room.made.ctypes.data, limits=room.limits.ctypes.data)
+        self._write("choose", logits=logits, fed=fed, slots=slots)
 
-    def _table(self, span: range, steps: int) -> np.ndarray:
-        """The calls of so many tokens: the state that the first one is chosen from is there, every later token is fed."""
-        first = [self._calls["head"], self._calls["choose"]]
-        again = np.concatenate([[self._calls["feed"]], self._program.calls(span), first])
-        count = len(first) + (steps - 1) * len(again)
-        if span not in self._tables or len(self._tables[span]) < count:
-            self._tables[span] = np.concatenate([first, *[again] * (steps - 1)])
-        return self._tables[span][:count]
+    def _table(self, span: range, passes: int) -> np.ndarray:
+        """The calls of so many passes."""
+        once = np.concatenate([[self._calls["feed"]], self._program.calls(span), [self._calls["head"], self._calls["choose"]]])
+        if span not in self._tables or len(self._tables[span]) < passes * len(once):
+            self._tables[span] = np.tile(once, (passes, 1))
+        return self._tables[span][: passes * len(once)]

@@ -94,11 +94,12 @@ class GreedyChain(Protocol):
     def fits(self, kv_caches: KVCaches) -> bool:
         """Whether it can run on these; binds them."""
 
-    def run(self, hidden: Tensor, lengths: Sequence[int], block_tables: Sequence[Sequence[int]], limits: Sequence[int], span: range
-            ) -> np.ndarray:  # fmt: skip
-        """`limits[r]` tokens behind each of R texts of `lengths[r]` tokens, [R, max(limits)] int64, -1 behind the last one; a row
-        also ends before a token whose logits have no finite largest one. `hidden [R, d]`: the states behind the last layer of the texts' last
-        tokens. KV of all tokens but the last goes into the caches by `block_tables`. `span`: the layers that run."""
+    def run(self, texts: Sequence[Sequence[int]], starts: Sequence[int], block_tables: Sequence[Sequence[int]], counts: Sequence[int],
+            span: range) -> np.ndarray:  # fmt: skip
+        """`counts[r]` tokens behind each of R texts, whose KV is there up to position `starts[r]`: [R, max(text and count)] int64,
+        each row its text `texts[r]` from there on (one token or more), what was chosen, and -1; a row also ends before a
+        token whose logits have no finite largest one. KV of all tokens but the last goes into the caches by `block_tables`. `span`: the
+        layers that run. A text is read token by token, so it should be short."""
 
 
 class LayerProgram(Protocol):

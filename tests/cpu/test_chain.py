@@ -47,39 +47,46 @@ def two_threads() -> Iterator[None]:
 
 
 class Texts(NamedTuple):
-    """Rows that are read: the state behind each, and how the caches stand."""
+    """Rows whose KV is there up to `starts`: what is to be read of each text still, and how the caches stand."""
 
-    lengths: list[int]
+    unread: list[list[int]]
+    starts: list[int]
     tables: list[list[int]]
-    states: Tensor
     runner: PagedRunner
 
 
-def read(model: Transformer, prompts: Sequence[Sequence[int]], limits: Sequence[int], block_size: int, span: range) -> Texts:
-    """Prompts in scattered blocks with room for what follows them; slots that nobody wrote are NaN."""
-    runner = PagedRunner(model, block_size, sum(-(-(len(p) + k) // block_size) for p, k in zip(prompts, limits)) + 3)
-    tables = [[runner._free.pop() for _ in range(-(-(len(p) + k - 1) // block_size))] for p, k in zip(prompts, limits)]
-    lens = [len(p) for p in prompts]
-    meta = AttentionMetadata.build(lens, lens, tables, block_size)
-    positions = torch.tensor([i for n in lens for i in range(n)])
-    hidden = model.embed(torch.tensor([t for p in prompts for t in p]))
-    hidden = model.forward(hidden, positions, meta, runner.kv_caches, span)
-    return Texts(lens, tables, hidden[torch.tensor(lens).cumsum(0) - 1], runner)
+def read(model: Transformer, prompts: Sequence[Sequence[int]], counts: Sequence[int], block_size: int, span: range) -> Texts:
+    """Prompts in scattered blocks with room for what follows them; the last one, two or three tokens are left. Slots that nobody
+    wrote are NaN."""
+    runner = PagedRunner(model, block_size, sum(-(-(len(p) + k) // block_size) for p, k in zip(prompts, counts)) + 3)
+    tables = [[runner._free.pop() for _ in range(-(-(len(p) + k - 1) // block_size))] for p, k in zip(prompts, counts)]
+    starts = [max(0, len(p) - 1 - i % 3) for i, p in enumerate(prompts)]
+    for prompt, start, table in zip(prompts, starts, tables):
+        if start:
+            forward(model, prompt[:start], 0, table, runner, span)
+    return Texts([list(p[start:]) for p, start in zip(prompts, starts)], starts, tables, runner)
 
 
-def one_by_one(model: Transformer, texts: Texts, limits: Sequence[int], span: range) -> list[list[int]]:
+def forward(model: Transformer, tokens: Sequence[int], start: int, table: list[int], runner: PagedRunner, span: range) -> Tensor:
+    """The states behind tokens of one row, from position `start` on."""
+    stop = start + len(tokens)
+    meta = AttentionMetadata.build([len(tokens)], [stop], [table], runner.block_size)
+    return model.forward(model.embed(torch.tensor(tokens)), torch.arange(start, stop), meta, runner.kv_caches, span)
+
+
+def one_by_one(model: Transformer, texts: Texts, counts: Sequence[int], span: range) -> list[list[int]]:
     """What the chain must be: a pass for every token of every row alone."""
     made = []
-    for row, limit in enumerate(limits):
-        state, tokens = texts.states[row : row + 1], []
-        for stop in range(texts.lengths[row] + 1, texts.lengths[row] + limit + 1):
-            tokens.append(int(model.kernels.argmax(model.logits(state))))
-            if tokens[-1] < 0 or len(tokens) == limit:
-                break
-            meta = AttentionMetadata.build([1], [stop], [texts.tables[row]], texts.runner.block_size)
-            state = model.forward(model.embed(torch.tensor(tokens[-1:])), torch.tensor([stop - 1]), meta, texts.runner.kv_caches, span)
-        made.append((tokens + [-1] * max(limits))[: max(limits)])
-    return made
+    for text, start, table, count in zip(texts.unread, texts.starts, texts.tables, counts, strict=True):
+        tokens, at = list(text), 0
+        while at < len(text) + count - 1 and tokens[at] >= 0:
+            state = forward(model, tokens[at : at + 1], start + at, table, texts.runner, span)
+            at += 1
+            if at == len(tokens):
+                tokens.append(int(model.kernels.argmax(model.logits(state))))
+        made.append(tokens)
+    longest = max(len(text) + count for text, count in zip(texts.unread, counts))
+    return [tokens + [-1] * (longest - len(tokens)) for tokens in made]
 
 
 def same_bits(one: PagedRunner, other: PagedRunner) -> bool:
@@ -87,15 +94,16 @@ def same_bits(one: PagedRunner, other: PagedRunner) -> bool:
     return all(torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)) for a, b in pairs)
 
 
-def check_chain(model: Transformer, prompts: Sequence[Sequence[int]], limits: Sequence[int], block_size: int, span: range) -> list[list[int]]:
+def check_chain(model: Transformer, prompts: Sequence[Sequence[int]], counts: Sequence[int], block_size: int, span: range) -> list[list[int]]:
+    """The tokens behind each prompt."""
     with torch.inference_mode():
-        texts, again = (read(model, prompts, limits, block_size, span) for _ in range(2))
+        texts, again = (read(model, prompts, counts, block_size, span) for _ in range(2))
         chain = model.chain(texts.runner.kv_caches)
         assert chain is not None
-        tokens: list[list[int]] = chain.run(texts.states, texts.lengths, texts.tables, limits, span).tolist()
-        assert tokens == one_by_one(model, again, limits, span)
+        tokens: list[list[int]] = chain.run(texts.unread, texts.starts, texts.tables, counts, span).tolist()
+        assert tokens == one_by_one(model, again, counts, span)
     assert same_bits(texts.runner, again.runner)
-    return tokens
+    return [row[len(text) : len(text) + count] for row, text, count in zip(tokens, texts.unread, counts)]
 
 
 def drawn(seed: int, rows: int) -> list[list[int]]:
@@ -105,10 +113,10 @@ def drawn(seed: int, rows: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("case", CHAINED)
 def test_a_chain_is_its_passes(case: str, directories: dict[str, Path]) -> None:
-    """Ragged rows of different lengths and limits, over blocks of several sizes, whole and with the last layer left out."""
+    """Ragged rows of different lengths and counts, over blocks of several sizes, whole and with the last layer left out."""
     model = load_model(directories[case], "f32", kernels="numba").model
-    chosen = [check_chain(model, drawn(seed, rows), limits, block_size, span)
-              for seed, (rows, limits, block_size, span) in enumerate([
+    chosen = [check_chain(model, drawn(seed, rows), counts, block_size, span)
+              for seed, (rows, counts, block_size, span) in enumerate([
                   (3, (6, 1, 4), 1, range(3)), (1, (9,), 4, range(3)), (5, (2, 7, 7, 3, 1), 5, range(2)), (2, (3, 8), 16, range(3))])]  # fmt: skip
     assert len({token for tokens in chosen for row in tokens for token in row}) > 8, "such chains would show nothing"
 
@@ -118,7 +126,7 @@ def test_a_chain_says_what_transformers_say(case: str, directories: dict[str, Pa
     model, theirs = load_model(directories[case], "f32", kernels="numba").model, load_hf(directories[case])
     prompts = drawn(11, 3)
     tokens = check_chain(model, prompts, (6, 9, 7), 4, range(3))
-    assert tokens == [(hf_greedy(theirs, p, k) + [-1] * 9)[:9] for p, k in zip(prompts, (6, 9, 7))]
+    assert tokens == [hf_greedy(theirs, p, k) for p, k in zip(prompts, (6, 9, 7))]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
@@ -142,7 +150,7 @@ def test_a_row_without_a_largest_logit_ends_alone(tmp_path: Path) -> None:
     write_model(tmp_path, poisoned=True)
     model = load_model(tmp_path, "f32", kernels="numba").model
     tokens = check_chain(model, [[1, 2, 3], [4, 5, POISON], [6]], (5, 5, 3), 4, range(3))
-    assert tokens[1] == [-1] * 5 and min(tokens[0]) >= 0 and min(tokens[2][:3]) >= 0
+    assert tokens[1] == [-1] * 5 and min(tokens[0] + tokens[2]) >= 0
 
 
 def test_one_logit_that_is_no_number_ends_a_row(tmp_path: Path) -> None:
@@ -166,15 +174,15 @@ def test_who_has_no_chain(directories: dict[str, Path]) -> None:
     assert model.chain(PagedRunner(model, 4, 4).kv_caches[:2]) is None
 
 
-@pytest.mark.parametrize(("lengths", "tables", "limits", "field"), [
-    ([4], [[0, 9]], [2], "block_tables"), ([4], [[0]], [2], "block_tables"), ([250], [list(range(8)) * 8], [9], "lengths")])  # fmt: skip
-def test_a_chain_that_would_leave_its_memory_is_refused(lengths: list[int], tables: list[list[int]], limits: list[int], field: str,
-                                                        directories: dict[str, Path]) -> None:  # fmt: skip
+@pytest.mark.parametrize(("start", "table", "count", "field"), [
+    (3, [0, 9], 2, "block_tables"), (3, [0], 2, "block_tables"), (250, list(range(8)) * 8, 9, "starts")])  # fmt: skip
+def test_a_chain_that_would_leave_its_memory_is_refused(start: int, table: list[int], count: int, field: str, directories: dict[str, Path]
+                                                        ) -> None:  # fmt: skip
     model = load_model(directories["llama"], "f32", kernels="numba").model
     chain = model.chain(PagedRunner(model, 4, 8).kv_caches)
     assert chain is not None
     with pytest.raises(LabError, match=field):
-        chain.run(torch.zeros(1, 48), lengths, tables, limits, range(3))
+        chain.run([[1]], [start], [table], [count], range(3))
 
 
 # ------------------------------------------------------------------------------------------ in the engine
