@@ -6,7 +6,16 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from llmlab.backends import Backend, ModelFacts, card_of, default_num_blocks, num_slots, sim_backend, torch_backend
+from llmlab.backends import (
+    Backend,
+    ModelFacts,
+    card_of,
+    default_num_blocks,
+    default_num_host_blocks,
+    num_slots,
+    sim_backend,
+    torch_backend,
+)
 from llmlab.clock import Clock, RealClock, VirtualClock
 from llmlab.config import EngineConfig
 from llmlab.events import catalog as ev
@@ -52,7 +61,9 @@ def assemble(config: EngineConfig) -> Assembly:
     clock: Clock = RealClock() if config.executor == "torch" else VirtualClock()
     backend = torch_backend(config) if config.executor == "torch" else sim_backend(config)
     num_blocks = config.num_blocks or default_num_blocks(config, backend)
-    num_host_blocks = num_blocks if config.num_host_blocks is None else config.num_host_blocks
+    num_host_blocks = config.num_host_blocks
+    if num_host_blocks is None:
+        num_host_blocks = default_num_host_blocks(config, backend, num_blocks)
     limits = _limits(config, backend.model, num_blocks)
     metrics = LiveMetrics(KEPT_REQUESTS)
     log = _log(config, clock, metrics)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmlab.config import EngineConfig
 from llmlab.execution.cost import RooflineCost, find_profile, host_share, is_profile, machine_here, warn_if_foreign
-from llmlab.execution.pool_plan import GRAPH_BYTES, Memory, budget_bytes, kv_blocks, no_room, out_of_memory
+from llmlab.execution.pool_plan import GRAPH_BYTES, Memory, budget_bytes, host_blocks, kv_blocks, no_room, out_of_memory
 from llmlab.execution.tensor_parallel import SIZES, check_group, divides, group_kv_bytes, group_weight_bytes
 from llmlab.kernels.capability import OLDEST, Capability, check_dtype, default_dtype
 from llmlab.kernels.quant_spec import parse_quantization
@@ -285,7 +286,7 @@ def _memory(config: EngineConfig, backend: Backend) -> Memory:
     weights = weight_bytes(shape, precision)
     if config.weights != "resident" and shape.num_experts:
         away = shape.moe_layers() * shape.num_experts - num_slots(config, shape)
-        weights -= max(0, away) * 3 * shape.hidden_size * shape.moe_intermediate_size * precision.weight_bytes
+        weights -= max(0, away) * _expert_bytes(shape, precision)
     if backend.loaded is None:
         devices = config.tensor_parallel_size
         whole = weights if devices == 1 else group_weight_bytes(shape, precision, devices)
@@ -295,9 +296,28 @@ def _memory(config: EngineConfig, backend: Backend) -> Memory:
         return Memory(backend.hardware.memory_bytes, 0.0, weights, active)
     import torch
 
+    torch.cuda.empty_cache()  # what loading left over is nobody's
     free, total = torch.cuda.mem_get_info(backend.loaded.device)
     ours = float(torch.cuda.memory_reserved(backend.loaded.device))
-    return Memory(float(total), max(0.0, total - free - ours), ours, active, GRAPH_BYTES)
+    coming = 0.0 if backend.offload is None else num_slots(config, shape) * _expert_bytes(shape, precision)
+    return Memory(float(total), max(0.0, total - free - ours), ours + coming, active, GRAPH_BYTES)
+
+
+def _expert_bytes(shape: shapes.Shape, precision: Precision) -> float:
+    return 3 * shape.hidden_size * shape.moe_intermediate_size * precision.weight_bytes
+
+
+def default_num_host_blocks(config: EngineConfig, backend: Backend, num_blocks: int) -> int:
+    """Blocks of the host tier: as many as the pool has, of pinned memory beside a GPU no more than the host can spare."""
+    if backend.loaded is None or backend.loaded.device.type != "cuda":
+        return num_blocks
+    return host_blocks(num_blocks, backend.bytes_per_token * config.block_size, free_host_bytes())
+
+
+def free_host_bytes() -> float:
+    """Memory of the host that nobody holds, in bytes; 0 where the system does not tell."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def num_slots(config: EngineConfig, shape: shapes.Shape) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmlab.backends import Backend, host_cpu, load, num_slots
+from llmlab.backends import Backend, free_host_bytes, host_cpu, load, num_slots
 from llmlab.clock import Clock
 from llmlab.config import EngineConfig
 from llmlab.decoding.drafts import DraftSetup
@@ -148,8 +147,7 @@ def _free_bytes(loaded: LoadedModel) -> float:
 
     if loaded.device.type == "cuda":
         return float(torch.cuda.mem_get_info(loaded.device)[0])
-    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+    return free_host_bytes()
 
 
 def anew(config: EngineConfig, backend: Backend, num_blocks: int, num_host_blocks: int) -> Anew | None:

@@ -168,12 +168,13 @@ def kernel_choices(engine: dict[str, Any]) -> list[Any]:
     config = engine_config(**engine)
     import torch
 
+    from llmlab.backends import dtype_for
     from llmlab.kernels.dispatch import make_kernels, why_no_cuda
 
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     if device == "cuda" and (reason := why_no_cuda()) is not None:
         raise ConfigError("device", "cuda", f"torch sees no CUDA device here: {reason}", "Name a card to see its table: --device t4.")
-    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = getattr(torch, dtype_for(config, device))
     try:
         return list(make_kernels(config.kernels, device=device, dtype=dtype, num_threads=config.num_threads).describe())
     except ConfigError:

@@ -6,6 +6,7 @@ and replays the graph of its bucket: embed, all layers, logits, the choice of to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from llmlab.execution.buckets import bucket_for, bucket_sizes
 from llmlab.execution.device_line import DeviceLine
-from llmlab.kernels.dispatch import KVCaches
-from llmlab.kernels.layout import HOST, AttentionMetadata
+from llmlab.kernels.dispatch import KVCaches, first_line
+from llmlab.kernels.layout import HOST, AttentionMetadata, pinned, sent
 from llmlab.models.transformer import Transformer
 
 WIDE = ("given", "source", "position", "kv_slot", "token_slot")
@@ -39,7 +40,7 @@ class Inputs:
     """The static inputs of one bucket, and how a step fills them."""
 
     def __init__(self, rows: int, max_blocks: int, block_size: int, line: DeviceLine) -> None:
-        self.rows, self._block_size, self._line = rows, block_size, line
+        self.rows, self._block_size, self._device = rows, block_size, line.device
         self.wide = torch.zeros(len(WIDE), rows, dtype=torch.int64, device=line.device)
         self.real = torch.zeros(len(REAL), rows, dtype=torch.float64, device=line.device)
         self.lens = torch.ones(rows, dtype=torch.int32, device=line.device)
@@ -62,14 +63,9 @@ class Inputs:
             real[:, i], lens[i] = row.choice, row.position + 1
             tables[i, : len(row.block_ids)] = row.block_ids
         for target, array in ((self.wide, wide), (self.real, real), (self.lens, lens)):
-            target.copy_(self._pinned(array), non_blocking=True)
-        self.tables[:, : tables.shape[1]].copy_(self._pinned(tables).to(self._line.device, non_blocking=True))
+            target.copy_(pinned(array, self._device), non_blocking=True)
+        self.tables[:, : tables.shape[1]].copy_(sent(tables, self._device))
         return lens
-
-    def _pinned(self, array: np.ndarray) -> Tensor:
-        tensor = self._line.host_empty(array.shape, torch.from_numpy(array[:0]).dtype)
-        tensor.numpy()[...] = array
-        return tensor
 
 
 class DecodeGraph:
@@ -128,20 +124,31 @@ class DecodeGraphs:
         self.sizes = bucket_sizes(max_rows)
         self._inputs: dict[int, Inputs] = {}
         self._graphs: dict[tuple[int, bool], DecodeGraph] = {}
+        self._refused: dict[tuple[int, bool], str] = {}  # buckets that there was no memory to record, and what was said
         self.facts: list[dict[str, float]] = []
 
     def run(self, rows: Sequence[DecodeRow]) -> Tensor | None:
-        """The tokens of a step of decoding rows; None if no bucket holds so many."""
+        """The tokens of a step of decoding rows; None if no bucket holds so many, or there was no memory for its graph."""
         size, draws = bucket_for(len(rows), self.sizes), any(row.choice[0] > 0 for row in rows)
-        if size is None:
+        if size is None or (size, draws) in self._refused:
             return None
-        if (size, draws) not in self._graphs:
-            if size not in self._inputs:
-                self._inputs[size] = Inputs(size, self._max_blocks, self._block_size, self._line)
-            self._graphs[size, draws] = DecodeGraph(self._model, self._caches, self._last, self._inputs[size], self._line, draws)
-        tokens = self._graphs[size, draws].run(rows)
-        self.facts = self._graphs[size, draws].facts
+        known = self._graphs.get((size, draws))
+        try:
+            graph = known or self._made(size, draws)
+            tokens = graph.run(rows)
+        except torch.OutOfMemoryError as error:
+            if known is not None:
+                raise
+            self._refused[size, draws] = first_line(error)
+            logging.getLogger("llmlab").warning("no memory for a graph of %d rows, such steps run kernel by kernel: %s", size, first_line(error))
+            return None
+        self._graphs[size, draws], self.facts = graph, graph.facts
         return tokens
+
+    def _made(self, size: int, draws: bool) -> DecodeGraph:
+        if size not in self._inputs:
+            self._inputs[size] = Inputs(size, self._max_blocks, self._block_size, self._line)
+        return DecodeGraph(self._model, self._caches, self._last, self._inputs[size], self._line, draws)
 
     @property
     def recorded(self) -> list[tuple[int, bool]]:

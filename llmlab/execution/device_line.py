@@ -129,6 +129,7 @@ class CudaLine:
         self.device = device
         self._main = torch.cuda.current_stream(device)
         self._copies = torch.cuda.Stream(device)
+        self._aside = torch.cuda.Stream(device)  # where graphs are recorded, all on one: libraries keep a workspace per queue
         self._pool: Any = None
 
     def answers(self) -> bool:
@@ -156,15 +157,16 @@ class CudaLine:
 
     def capture(self, work: Callable[[], Any]) -> Callable[[], Any]:
         """Two runs to warm up (kernels compile, libraries take their workspaces), then one is recorded. All
-        graphs share a pool of memory, since no two of them run at once."""
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(self._main)
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                work()
-        self._main.wait_stream(side)
+        graphs share a pool of memory, since no two of them run at once. Other threads may use the device meanwhile."""
+        self._aside.wait_stream(self._main)
+        try:
+            with torch.cuda.stream(self._aside):
+                for _ in range(2):
+                    work()
+        finally:  # what runs in place of a graph must not run beside half of it
+            self._main.wait_stream(self._aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
             work()
         self._pool = self._pool or graph.pool()
         return graph.replay

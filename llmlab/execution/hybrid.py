@@ -48,13 +48,20 @@ class Link:
 
     def down(self, mark: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors in host memory, once the device is past `mark`."""
+        return self.beside(mark, lambda: tuple(self._pinned(t) for t in tensors)) if self._stream is not None else tensors
+
+    def beside(self, mark: Any, work: Callable[[], Any]) -> Any:
+        """What `work` returns, its operations on the device queued beside the main queue: after `mark`, and done on return."""
         if self._stream is None:
-            return tensors
+            return work()
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(mark)
-            found = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors)
+            found = work()
             self._stream.synchronize()
         return found
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
     def up(self, tensor: Tensor) -> Tensor:
         """A host tensor on the device, for what is queued there next."""
@@ -113,9 +120,13 @@ class Copy(NamedTuple):
     mark: Any
 
     def on_host(self) -> None:
+        """All of it beside the main queue: gathering there would read before the main queue has written, and wait for it."""
+        self.link.beside(self.mark, self._copy)
+
+    def _copy(self) -> None:
         for source, target in zip(self.source, self.target, strict=True):
-            (blocks,) = self.link.down(self.mark, source[self.src.to(source.device)])
-            target[self.dst.to(target.device)] = blocks.to(target.device)
+            blocks = source[self.src.to(source.device)].to(target.device)
+            target[self.dst.to(target.device)] = blocks
 
     def on_device(self) -> None:
         self.on_host()

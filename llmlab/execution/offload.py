@@ -54,6 +54,8 @@ class HostExperts:
         self._weights: list[tuple[Tensor, Tensor]] = []
         self._device, self._device_kernels, self._cpu_kernels = torch.device(device), device_kernels, cpu_kernels
         self._packed: dict[ExpertId, Packed] = {}
+        stream: Any = torch.cuda.Stream
+        self._copies: Any = stream(self._device) if self._device.type == "cuda" else None
 
     def add_layer(self, gate_up: Tensor, down: Tensor) -> int:
         """Take over a layer's weights; its number."""
@@ -75,8 +77,20 @@ class HostExperts:
 
     def to_device(self, unit: ExpertId) -> Packed:
         """A copy on the device, packed for its kernels."""
-        gate_up, down = (w[unit.expert].to(self._device, copy=True) for w in self._weights[unit.layer])
+        gate_up, down = self._copied([w[unit.expert] for w in self._weights[unit.layer]])
         return Packed(self._device_kernels.linear(gate_up), self._device_kernels.linear(down), self._device_kernels)
+
+    def _copied(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Copies that are there, made beside the device's main queue. Their memory belongs to the queue of copies, so it is
+        told who else reads it: else the next copy might be written over weights that are still multiplied with."""
+        if self._copies is None:
+            return [w.to(self._device, copy=True) for w in weights]
+        with torch.cuda.stream(self._copies):
+            copied = [w.to(self._device, non_blocking=True) for w in weights]
+            self._copies.synchronize()
+        for w in copied:
+            w.record_stream(torch.cuda.default_stream(self._device))
+        return copied
 
     def on_cpu(self, unit: ExpertId) -> Packed:
         """The host's own weights, packed for the CPU's kernels."""

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -50,6 +51,13 @@ def kv_blocks(memory: Memory, block_bytes: float, budget: float | None = None) -
     # a budget stands for a device of its own: nobody else is on it
     held = memory.held if budget is None or budget >= memory.capacity else 0.0
     return int((capacity * MEMORY_SHARE - held - memory.weights - memory.activations - memory.reserve) // block_bytes)
+
+
+def host_blocks(num_blocks: int, block_bytes: float, free: float) -> int:
+    """Blocks of pinned host memory for a pool: as many as it has, but no more than lie in half of what is free. torch takes
+    pinned memory in powers of two."""
+    room = 2.0 ** math.floor(math.log2(free / 2)) if free >= 2 else 0.0
+    return min(num_blocks, int(room // block_bytes))
 
 
 def no_room(field: str, value: object, memory: Memory, block_bytes: float, budget: float | None, narrow: Mapping[str, float],

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from llmlab.execution.decode_graph import DecodeGraphs, DecodeRow
 from llmlab.execution.device_line import DeviceLine, Mark
 from llmlab.execution.swap import HostTier
 from llmlab.execution.torch_executor import KVCache, Loss, TorchExecutor, reason_of, unserved
-from llmlab.kernels.layout import PLAN_FACTS, AttentionMetadata
+from llmlab.kernels.layout import PLAN_FACTS, AttentionMetadata, sent
 from llmlab.models.loader import LoadedModel
 from llmlab.types import DEVICE, DEVICE_MEMORY, Durations, ItemResult, LabError, Move, ResourceSpan, StepResult
 
@@ -304,13 +305,13 @@ class StreamExecutor(TorchExecutor):
             [row.item.num_tokens for row in rows], [row.item.tokens[1] for row in rows], [row.block_ids for row in rows],
             self._block_size, device=device,
         )  # fmt: skip
-        given = self._to_device([ids, source, positions])
+        given = sent(np.array([ids, source, positions], np.int64), device)
         chosen = torch.where(given[1] >= 0, self._last[given[1].clamp(min=0)].clamp(min=0), given[0])
         hidden = self._model.forward(self._model.embed(chosen), given[2], meta, self.cache.layers)
         step.facts = meta.derived.get(PLAN_FACTS, [])
         if not last:
             return None
-        places = self._to_device([last, [self._slot(row.request.id) for row in emitting]])
+        places = sent(np.array([last, [self._slot(row.request.id) for row in emitting]], np.int64), device)
         tokens = self._choose(self._model.logits(hidden[places[0]]), emitting)
         self._last.index_copy_(0, places[1], tokens)
         return tokens
@@ -319,13 +320,8 @@ class StreamExecutor(TorchExecutor):
         choices = [self._choice(row) for row in rows]
         if all(choice[0] == 0 for choice in choices):
             return self._model.kernels.argmax(logits)
-        real = torch.tensor(choices, dtype=torch.float64).t().contiguous().to(self.line.device)
+        real = sent(np.ascontiguousarray(np.array(choices, np.float64).T), self.line.device)
         return self._model.kernels.draw(logits, real[0].float(), real[1].float(), real[2].int(), real[3], real[4])
-
-    def _to_device(self, lists: list[list[int]]) -> Tensor:
-        host = self.line.host_empty((len(lists), len(lists[0])), torch.int64)
-        host.copy_(torch.tensor(lists))
-        return host.to(self.line.device, non_blocking=True)
 
     def _decode_row(self, row: Row) -> DecodeRow:
         position = row.item.tokens[0]

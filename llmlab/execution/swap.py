@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmlab.execution.device_line import DeviceLine, Mark
+from llmlab.kernels.layout import sent
 
 STAGED = 32  # blocks in flight at a time
 
@@ -43,7 +45,7 @@ class HostTier:
         """Device blocks `src` to host blocks `dst`."""
         host, staging = self._allocate()
         for first in range(0, len(src), STAGED):
-            blocks = torch.tensor(src[first : first + STAGED], device=staging.device)
+            blocks = sent(np.array(src[first : first + STAGED], np.int64), staging.device)
             self._wait_for_staging()
             for layer, pair in enumerate(self._caches):
                 for half, cache in enumerate(pair):
@@ -58,7 +60,7 @@ class HostTier:
         """Host blocks `src` to device blocks `dst`; what is queued afterwards sees them."""
         host, staging = self._allocate()
         for first in range(0, len(src), STAGED):
-            blocks = torch.tensor(dst[first : first + STAGED], device=staging.device)
+            blocks = sent(np.array(dst[first : first + STAGED], np.int64), staging.device)
             self._line.copies_after(self._line.mark())  # the scatter before this one has read the staging
             with self._line.copying():
                 for i, block in enumerate(src[first : first + STAGED]):

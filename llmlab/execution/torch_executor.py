@@ -26,7 +26,7 @@ from llmlab.execution.judging import by_key, by_rejection
 from llmlab.execution.offload import ExpertOffload, LayerWindow
 from llmlab.kernels import pages
 from llmlab.kernels.dispatch import first_line
-from llmlab.kernels.layout import AttentionMetadata, TreeRow
+from llmlab.kernels.layout import AttentionMetadata, TreeRow, sent
 from llmlab.models.loader import LoadedModel
 from llmlab.types import (
     DEVICE,
@@ -83,7 +83,7 @@ class KVCache:
 
     def move(self, move: Move) -> None:
         """Carry out the block copies of a move. If it raises, the KV of its request is lost."""
-        pairs = torch.tensor(list(zip(move.src, move.dst, strict=True)), dtype=torch.int64, device=self._device)
+        pairs = sent(np.array(list(zip(move.src, move.dst, strict=True)), np.int64).reshape(-1, 2), self._device)
         for layer, (k, v) in enumerate(self.layers):
             hk, hv = self.host[layer] if move.kind != "copy" else (k, v)
             for device, host in ((k, hk), (v, hv)):
@@ -95,7 +95,7 @@ class KVCache:
         if not pairs:
             return
         size = self.layers[0][0].shape[2]
-        src, dst = torch.tensor(pairs, dtype=torch.int64, device=self._device).unbind(1)
+        src, dst = sent(np.array(pairs, np.int64), self._device).unbind(1)
         for cache in (tensor for pair in self.layers for tensor in pair):
             cache[dst // size, :, dst % size] = cache[src // size, :, src % size]
 
@@ -321,7 +321,7 @@ class TorchExecutor:
             [stop - start for start, stop in spans], [stop for _, stop in spans], [row.block_ids for row in rows],
             self._block_size, trees=trees, device=device,
         )  # fmt: skip
-        given = torch.from_numpy(np.array([ids, positions])).to(device)
+        given = sent(np.array([ids, positions]), device)
         prepared = time.perf_counter()
         first, last = layers or (0, self._loaded.shape.num_layers)
         hidden = torch.cat([self._hidden.pop(row.item.request).states for row in rows]) if first else self._model.embed(given[0])

@@ -48,21 +48,24 @@ class Built(NamedTuple):
     sizes: dict[str, Any]
 
 
-def _source(function: Any, arguments: dict[str, Any]) -> ASTSource:
-    """A launch as Triton's own launcher would specialise it: ones are constants, sixteens are known."""
+def source_of(function: Any, arguments: dict[str, Any]) -> ASTSource:
+    """A launch as Triton's own launcher would specialise it: ones are constants, sixteens are known, unless a kernel says no."""
     signature, constants, hints = {}, {}, {}
     for index, parameter in enumerate(function.params):
         name = parameter.name
         value = arguments[name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not isinstance(value, bool)):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1 and not isinstance(value, bool)):
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[name], hints[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            signature[name] = POINTERS[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:  # storages themselves begin at multiples of 256 bytes
+                hints[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 hints[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(function, signature, constants, hints)
 
@@ -107,7 +110,7 @@ def compiled(capability: Capability, head_dim: int = 128, group: int = 4, block_
     target, built = GPUTarget("cuda", capability.sm, 32), {}
 
     def compile_one(function: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
-        source = _source(function, arguments)
+        source = source_of(function, arguments)
         key = (function.__name__, source.hash(), tuple(options.items()))
         if key not in built:
             done = triton.compile(source, target=target, options=options)

@@ -18,11 +18,23 @@ from torch import Tensor
 from llmlab.kernels.capability import KernelChoice
 from llmlab.types import MAX_NODES, LabError
 
-__all__ = ["HOST", "MASKS", "PLAN_FACTS", "AttentionMetadata", "AttentionState", "KernelChoice", "TreeMask", "TreeRow"]
+__all__ = ["HOST", "MASKS", "PLAN_FACTS", "AttentionMetadata", "AttentionState", "KernelChoice", "TreeMask", "TreeRow", "pinned", "sent"]
 
 MASKS = ("causal", "full")
 HOST = "lengths on the host"
 PLAN_FACTS = "what a log keeps of the step's attention plans"
+
+
+def pinned(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """An array as a host tensor, copied to where a GPU reads it by itself. A copy from ordinary memory would make the host wait
+    for all that the device has still to do."""
+    host = torch.from_numpy(array)
+    return host.pin_memory() if torch.device(device).type == "cuda" else host
+
+
+def sent(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """An array on a device; the copy to a GPU is queued."""
+    return pinned(array, device).to(device, non_blocking=True)
 
 
 class TreeRow(NamedTuple):
@@ -143,14 +155,11 @@ class AttentionMetadata:
         else:
             starts, slots = _slots(num_q, lens, tables, block_size)
 
-        def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
         meta = cls(
-            cu_seqlens_q=tensor(starts.astype(np.int32)),
-            seq_lens=tensor(lens.astype(np.int32)),
-            block_tables=tensor(tables),
-            slot_mapping=tensor(slots),
+            cu_seqlens_q=sent(starts.astype(np.int32), device),
+            seq_lens=sent(lens.astype(np.int32), device),
+            block_tables=sent(tables, device),
+            slot_mapping=sent(slots, device),
             max_seqlen_q=int(longest),
             mask=mask,
             tree=_tree_mask(trees, query_lens, device) if any(tree.seen for tree in trees) else None,
@@ -167,7 +176,7 @@ def _tree_mask(trees: Sequence[TreeRow], query_lens: Sequence[int], device: torc
             raise LabError("trees", len(tree.seen), f"nodes do not fit {count} query tokens and trees of {MAX_NODES} nodes")
         forks += [tree.fork] * count
         seen += [0] * (count - len(tree.seen)) + list(tree.seen)
-    both = torch.from_numpy(np.array([forks, seen], np.int64)).to(device)
+    both = sent(np.array([forks, seen], np.int64), device)
     return TreeMask(both[0], both[1])
 
 

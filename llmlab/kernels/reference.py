@@ -191,9 +191,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def copy_blocks(src: Tensor, dst: Tensor, pairs: Tensor) -> None:
     """`dst[pairs[i, 1]] = src[pairs[i, 0]]` for pools [num_blocks, ...]; src and dst may be one pool.
 
-    All sources are read before the first write. No destination may appear twice.
+    They may lie on different devices. All sources are read before the first write. No destination may appear twice.
     """
-    dst[pairs[:, 1].long()] = src[pairs[:, 0].long()].to(dst.dtype)
+    dst[pairs[:, 1].long()] = src[pairs[:, 0].long()].to(dst.device, dst.dtype)
 
 
 def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ def _range(q, own, start, stop, table, head, k_cache, v_cache, k_block, k_head, 
     return acc, highest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])  # the width of the block tables: it grows with the longest row
 def attend(q, k_cache, v_cache, tables, lens, cu, items, queue, starts, out, lse, part_out, part_lse, repaired,
            q_token, q_head, k_block, k_head, v_block, v_head, table_row, scale, softcap, phi, least, most,
            HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,

@@ -32,7 +32,7 @@ def row_linear(x, w, bias, y, rows_out, depth, HAS_BIAS: tl.constexpr, ROWS: tl.
     tl.store(y + r[:, None] * rows_out + n[None, :], acc.to(y.dtype.element_ty), mask=inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def flat_linear(x, w, bias, y, rows, rows_out, depth, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_K: tl.constexpr):  # fmt: skip
     """y[BLOCK_M, BLOCK_N] of x [rows, depth], rows <= BLOCK_M."""

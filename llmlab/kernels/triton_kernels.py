@@ -25,11 +25,13 @@ from llmlab.kernels.attention_plan import GridPlan, plan_capacity, plan_grid
 from llmlab.kernels.capability import Capability, Tile, decode_tile, kernel_table, power_of_two, prefill_tile
 from llmlab.kernels.dataflow import LIBRARY, Dataflow, DataflowTable
 from llmlab.kernels.dispatch import BaseKernels, ExpertsImpl, LinearImpl, TorchLinear
-from llmlab.kernels.layout import PLAN_FACTS, AttentionMetadata, AttentionState, KernelChoice
+from llmlab.kernels.layout import PLAN_FACTS, AttentionMetadata, AttentionState, KernelChoice, pinned, sent
 from llmlab.kernels.quantized import QuantizedTensor, WidenedExperts
 from llmlab.kernels.softmax_schemes import UnifiedMax
 from llmlab.types import LabError
 
+PLAN_PARTS = ("items", "queue", "starts", "merges")
+ALIGNED = 4  # numbers of 32 bits: 16 bytes
 FEW_ROWS = 8  # rows of a quantised product that are sums rather than matrix products
 
 
@@ -386,12 +388,12 @@ class DecodePlans:
         self._programs = capability.units * self._tile.programs
         room = plan_capacity(rows, heads, self._programs)
         sizes = {"items": room.items * 6, "queue": room.units, "starts": self._programs + 1, "merges": rows * 3}
-        self._offsets = dict(zip(sizes, np.cumsum([0, *sizes.values()])[:-1].tolist(), strict=True))
-        self._size, tokens = sum(sizes.values()), self._tile.tokens(group)
+        self._offsets, self._size = places_of(sizes)
+        tokens = self._tile.tokens(group)
         self._tokens, self._arrays, self.entries = tokens, {}, {}
         for window in dict.fromkeys(windows):
             flat = torch.zeros(self._size, dtype=torch.int32, device=device)
-            items, queue, starts, merges = flat.split(list(sizes.values()))
+            items, queue, starts, merges = (flat[self._offsets[name] : self._offsets[name] + size] for name, size in sizes.items())
             plan = PlanOnDevice(self._tile, tokens, room.partials, items.view(-1, 6), queue, starts, merges.view(-1, 3))
             self._arrays[window] = flat
             self.entries["grid", heads, group, dim, window] = StepPlans((plan,), ())
@@ -402,12 +404,11 @@ class DecodePlans:
         for window, flat in self._arrays.items():
             plan = plan_grid(np.arange(self._rows + 1), seq_lens, heads=self._heads, programs=self._programs,
                              tile=self._tokens, window=window)  # fmt: skip
-            host = torch.empty(self._size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-            array = host.numpy()
+            array = np.zeros(self._size, np.int32)
             for name, offset in self._offsets.items():
                 part = getattr(plan, name).reshape(-1)
                 array[offset : offset + part.size] = part
-            flat.copy_(host, non_blocking=True)
+            flat.copy_(pinned(array, self._device), non_blocking=True)
             plans.append(plan)
         return plans
 
@@ -426,11 +427,21 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset
 
 def on_device(plan: GridPlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Items, queue, starts and merges of a plan in one copy."""
-    parts = (plan.items, plan.queue, plan.starts, plan.merges)
-    flat = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
-    flat = flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else flat.to(device)
-    items, queue, starts, merges = flat.split([part.size for part in parts])
+    parts = {name: getattr(plan, name) for name in PLAN_PARTS}
+    offsets, size = places_of({name: part.size for name, part in parts.items()})
+    host = np.zeros(size, np.int32)
+    for name, part in parts.items():
+        host[offsets[name] : offsets[name] + part.size] = part.reshape(-1)
+    flat = sent(host, device)
+    items, queue, starts, merges = (flat[offsets[name] : offsets[name] + part.size] for name, part in parts.items())
     return items.view(-1, 6), queue, starts, merges.view(-1, 3)
+
+
+def places_of(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Where arrays of these many numbers lie one behind the other, and the size of all. Each begins where Triton expects a
+    pointer to begin: it compiles a kernel anew for every other alignment of its arguments."""
+    room = [-(-size // ALIGNED) * ALIGNED for size in sizes.values()]
+    return dict(zip(sizes, np.cumsum([0, *room])[:-1].tolist(), strict=True)), sum(room)
 
 
 def _lines_dense(cache: Tensor) -> bool:
@@ -472,6 +483,7 @@ def _sdpa_row(row: int, state: AttentionState, q: Tensor, k_cache: Tensor, v_cac
         state.out[first:last], state.lse[first:last] = one.out, one.lse
         return
     k, v = (t.masked_fill(~seen.any(0)[:, None, None], 0.0).to(q.dtype) for t in (k, v))  # freed by a window: anything
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))  # torch's kernel for such cards knows no groups
     x, k, v = (t.transpose(0, 1)[None] for t in (q[first:last], k, v))
-    out = F.scaled_dot_product_attention(x, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(x, k, v, attn_mask=seen, scale=scale)
     state.out[first:last], state.lse[first:last] = out[0].transpose(0, 1), float("nan")

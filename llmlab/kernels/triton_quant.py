@@ -48,7 +48,7 @@ def quant_gemv(x, codes, scales, zeros, bias, y, rows_out, depth, BITS: tl.const
     tl.store(y + r[:, None] * rows_out + n[None, :], acc.to(y.dtype.element_ty), mask=inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quant_gemm(x, codes, scales, zeros, bias, y, rows, rows_out, depth, BITS: tl.constexpr, GROUP: tl.constexpr,
                HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """y = x @ w.T for many rows: a group is widened to the dtype of x and multiplied on tensor cores."""
