@@ -7,6 +7,7 @@ what must be computed again after a preemption, a rejection or a copy is found b
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
@@ -48,21 +49,22 @@ class Marks:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._slots = np.zeros((num_blocks, block_size), np.int64)
         self._size = block_size
-        self._texts: OrderedDict[str, list[int]] = OrderedDict()
+        self._texts: OrderedDict[str, array[int]] = OrderedDict()
 
-    def of(self, context: DraftContext) -> list[int]:
+    def of(self, context: DraftContext) -> array[int]:
         """The marks of all beginnings of a request's text."""
-        marks = self._texts.setdefault(context.request.id, [])
+        marks = self._texts.setdefault(context.request.id, array("q"))
         self._texts.move_to_end(context.request.id)
-        marks += further(marks[-1] if marks else _START, context.token_ids[len(marks) :])
+        if len(marks) < len(context.token_ids):
+            marks.extend(further(marks[-1] if marks else _START, context.token_ids[len(marks) :]))
         while len(self._texts) > REMEMBERED:
             self._texts.popitem(last=False)
         return marks
 
-    def valid(self, marks: Sequence[int], block_ids: Sequence[int]) -> int:
+    def valid(self, marks: array[int], block_ids: Sequence[int]) -> int:
         """How many of the first positions hold what `marks` says."""
         blocks = np.asarray(block_ids[: -(-len(marks) // self._size)])
-        same = self._slots[blocks].ravel()[: len(marks)] == np.asarray(marks, np.int64)
+        same = self._slots[blocks].ravel()[: len(marks)] == np.frombuffer(marks, np.int64)
         return len(marks) if same.all() else int(same.argmin())
 
     def write(self, marks: Sequence[int], start: int, block_ids: Sequence[int]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = ["HOST", "MASKS", "PLAN_FACTS", "AttentionMetadata", "AttentionState",
 
 MASKS = ("causal", "full")
 HOST = "lengths on the host"
+FEW = 128  # query tokens of a step
 PLAN_FACTS = "what a log keeps of the step's attention plans"
 
 
@@ -150,8 +152,8 @@ class AttentionMetadata:
             problem = f"is more than seq_lens[{row}] = {lens[row]}"
             raise LabError(f"query_lens[{row}]", int(num_q[row]), problem, "count the new tokens in both")
         tables = rectangular(block_tables, lens, block_size)
-        if single:
-            starts, slots = _single_slots(seq_lens, block_tables, block_size)
+        if single or sum(query_lens) <= FEW:
+            starts, slots = _few_slots(query_lens, seq_lens, block_tables, block_size)
         else:
             starts, slots = _slots(num_q, lens, tables, block_size)
 
@@ -189,18 +191,21 @@ def _slots(num_q: np.ndarray, lens: np.ndarray, tables: np.ndarray, block_size: 
     return starts, np.where(position < 0, -1, blocks * block_size + position % block_size)
 
 
-def _single_slots(lens: Sequence[int], tables: Sequence[Sequence[int]], block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`_slots` of rows with one new token each, the common step: few rows, so plain Python is done before numpy begins."""
-    slots = [table[(n - 1) // block_size] * block_size + (n - 1) % block_size for n, table in zip(lens, tables, strict=True)]
-    return np.arange(len(lens) + 1), np.array(slots, np.int64)
+def _few_slots(
+    num_q: Sequence[int], lens: Sequence[int], tables: Sequence[Sequence[int]], size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`_slots` of rows with one new token each, or of few tokens: plain Python is done before numpy begins."""
+    slots = [table[p // size] * size + p % size if p >= 0 else -1 for q, n, table in zip(num_q, lens, tables, strict=True)
+             for p in range(n - q, n)]  # fmt: skip
+    return np.array([0, *accumulate(num_q)], np.int64), np.array(slots, np.int64)
 
 
 def rectangular(block_tables: Sequence[Sequence[int]], lens: np.ndarray, block_size: int) -> np.ndarray:
     """Block tables as one int32 matrix, padded with 0 (a block that padding never reads)."""
     sizes = list(map(len, block_tables))
-    short = np.flatnonzero(np.asarray(sizes, np.int64) * block_size < lens)
-    if len(short):
-        row = int(short[0])
+    short = [row for row, (size, length) in enumerate(zip(sizes, lens.tolist())) if size * block_size < length]
+    if short:
+        row = short[0]
         problem = f"does not cover {lens[row]} positions in blocks of {block_size}"
         raise LabError(f"block_tables[{row}]", list(block_tables[row]), problem)
     width = max(sizes, default=0) or 1
