@@ -44,7 +44,7 @@ def spelled(token_id):
     return llm.tokenizer.decode([token_id], skip_special_tokens=False)
 
 
-show([f"{i}:{spelled(i)}" for i in ids])
+show("  ".join(f"{i}:{spelled(i)}" for i in ids))
 say(f"{len(prompt)} characters became **{len(ids)} tokens** out of a vocabulary of {VOCAB}. Frequent words are one token, "
     "with the space before them.")
 

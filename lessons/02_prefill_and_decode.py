@@ -79,7 +79,7 @@ show(figures.batch_composition(run))
 #
 # ## The events
 #
-# `run.why` tells the same story from the log:
+# `run.why` tells the same story from the log. (Its clock began when the engine was made, here and in all pictures.)
 
 # %%
 show(run.why(request.request_id))
@@ -196,8 +196,8 @@ say(f"The gap between two tokens of `r0` is usually {seconds(gaps[len(gaps) // 2
 #
 # ## What this does not show
 #
-# - Times were measured on the machine that runs this notebook, while other programs ran. Numbers of steps and tokens are
-#   exact; times are what they were today.
+# - Times were measured on the machine that runs this lesson, beside whatever else it does. Numbers of steps and tokens
+#   are exact; times are what they were today.
 # - `lab-s` is so small that its steps cost mostly the program around the arithmetic, not the fetching of weights. The
 #   shape (a fixed part and a part per token) is the same; the reason for the fixed part is not.
 # - The cost model's factors come from a table of devices. How far to trust them is in the documentation, page *Roofline*.

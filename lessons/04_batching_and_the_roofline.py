@@ -27,6 +27,7 @@ from llmlab.ui.chart import seconds, setting
 from roofline import CostModel, Rows, charts, hardware, memory, shapes
 
 theme.enable("light")
+sizes = (1, 2, 4, 8, 16, 32)  # requests in a batch
 
 # %% [markdown]
 # ## Predict
@@ -42,7 +43,6 @@ guess = predict("One request alone makes X tokens per second. Sixteen requests i
 # decodes, and take the median of their times.
 
 # %%
-sizes = (1, 2, 4, 8, 16, 32)
 engine = llmlab.Engine(model="lab-s", num_blocks=256, enable_prefix_caching=False)
 for size in sizes:
     for i in range(size):

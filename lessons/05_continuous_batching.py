@@ -218,7 +218,7 @@ show(bars([Bar(f"budget {b}", t, note=f"{-(-4000 // b)} steps") for b, t in ttft
 # - One load, one seed. Lesson 06 shows how to compare policies over several.
 # - Decode first is a caricature of static batching: real systems of that kind wait a moment to collect a batch.
 # - There are more cuts than this one: by layers instead of tokens, or by separating reading and writing onto different
-#   machines. The composer seam takes the first, the cluster pages the second.
+#   machines. The composer seam takes the first; the second needs more than one engine.
 #
 # ## Three questions
 #

@@ -99,7 +99,7 @@ def steady(placement, num_requests=ON_DEVICE + ON_HOST, host=SLOW, steps=10, log
 # ## Predict
 #
 # 141 requests of 1,000 tokens. The device holds 13 of them; the other 128 live on the host, whose processor has two cores
-# and attends at a twelfth of the device's speed.
+# and attends at about a fourteenth of the device's speed.
 
 # %%
 guess = predict("Under apex the processor helps, and the device never waits for it. The throughput is how many times that of the "
@@ -180,6 +180,9 @@ say(table([
 ]))
 
 # %% [markdown]
+# (The pipeline stays furthest behind its formula, which lets the processor work all the time: on its timeline above it stands
+# still wherever one half of the rows is done before the other.)
+#
 # ## Turn the knobs
 #
 # A faster processor, longer contexts, fewer requests on the host: which mode wins? (By the formulas.)

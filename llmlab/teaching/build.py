@@ -1,7 +1,7 @@
 """Notebooks from lessons: `python -m llmlab.teaching.build lessons/` writes one .ipynb beside each percent script.
 
 The script is the source; a notebook is its cells, after one that offers Colab and one that installs llmlab where it is
-missing. No outputs, no dates, fixed cell ids: building again changes nothing.
+missing. No outputs, no dates, no pictures from elsewhere, fixed cell ids: building again changes nothing.
 """
 
 from __future__ import annotations
@@ -27,13 +27,21 @@ import sys
 if importlib.util.find_spec("llmlab") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", {source!r}], check=True)
     importlib.invalidate_caches()"""
+# No package index has llmlab (yet), so where it is missing it comes from a wheel beside the notebook.
 _MISSING = """\
-# Where llmlab is missing (in Colab, for example), it has to be installed first. Elsewhere this does nothing.
+# Where llmlab is missing (in Colab, for example), it is installed from a wheel that lies beside this notebook. Elsewhere this does nothing.
+import glob
 import importlib.util
+import subprocess
+import sys
 
 if importlib.util.find_spec("llmlab") is None:
-    raise ImportError("llmlab is not installed here. In a checkout: pip install '.[apps]'. In Colab: upload a wheel of "
-                      "llmlab, then %pip install ./llmlab-*.whl")"""
+    wheels = sorted(glob.glob("llmlab-*.whl"))
+    if not wheels:
+        raise ImportError("llmlab is not installed here. In a checkout: pip install '.[apps]'. In Colab: make a wheel in a checkout with "
+                          "`pip wheel --no-deps .`, upload it (files, on the left), and run this cell again.")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"./{wheels[-1]}[apps]"], check=True)
+    importlib.invalidate_caches()"""
 
 
 def repository_of(root: Path) -> str:
@@ -61,10 +69,10 @@ def notebook(lesson: Lesson, repository: str = "") -> str:
 
 
 def _badge(lesson: Lesson, repository: str) -> str:
-    image = f"{COLAB}assets/colab-badge.svg"
+    """A link without a picture: Colab's own badge would be fetched from elsewhere, and be a broken one without a network."""
     if repository:
-        return f"[![Open in Colab]({image})]({COLAB}github/{repository}/blob/main/lessons/{lesson.name}.ipynb)"
-    return f"[![Open in Colab]({image})]({COLAB}) (upload this file there)"
+        return f"[▶ Open in Colab]({COLAB}github/{repository}/blob/main/lessons/{lesson.name}.ipynb)"
+    return f"[▶ Open in Colab]({COLAB}) (upload this file there, and a wheel of llmlab: the next cell says how)"
 
 
 def _install(repository: str) -> str:

@@ -53,7 +53,7 @@ def bars(rows: Sequence[Bar], axis: str, finding: str, note: str, form: str = ".
     if any(r.formula is not None for r in rows):
         drawn = base.transform_filter("datum.formula != null")
         layers.append(drawn.mark_tick(color=c.ink, thickness=2.5, size=22).encode(x="formula:Q", y=y))
-    text = base.transform_calculate(t=f"format(datum.value, '{form}') + (datum.note ? '  ' + datum.note : '')")
+    text = base.transform_calculate(t=f"format(datum.value, '{form}') + (datum.note ? ' · ' + datum.note : '')")
     layers.append(text.mark_text(style="note", align="left", dx=7).encode(x="at:Q", y=y, text="t:N"))
     return alt.layer(*layers).properties(width=WIDTH - 120, height=26 * len(rows), title=title(finding, note))
 
@@ -147,10 +147,11 @@ def token_strip(tokens: Sequence[Token], finding: str, note: str) -> Any:
     base = alt.Chart(data(boxes))
     axis: dict[str, Any] = {"axis": None, "scale": alt.Scale(domain=[0, WIDTH], nice=False)}
     axis_y: dict[str, Any] = {"axis": None, "scale": alt.Scale(domain=[(row + 1) * ROW, 0], nice=False)}
-    colour = alt.Color("p:Q", title="probability of the chosen token", legend=alt.Legend(format=".0%", gradientLength=220, offset=10),
-                       scale=alt.Scale(domain=[0, 1], range=[c.preempted, c.paper], interpolate="rgb"))  # fmt: skip
-    area = base.mark_rect(stroke=c.grid, strokeWidth=1, cornerRadius=2).encode(
-        x=alt.X("x:Q", **axis), x2="x2:Q", y=alt.Y("y:Q", **axis_y), y2="y2:Q", color=colour)  # fmt: skip
+    # The doubt is opacity, not a blend of two colours: only so can a picture be given the colours of the other theme.
+    doubt = alt.FillOpacity("p:Q", title="probability of the chosen token", scale=alt.Scale(domain=[0, 1], range=[1, 0]),
+                            legend=alt.Legend(format=".0%", values=[0, 0.25, 0.5, 0.75, 1], symbolFillColor=c.preempted, symbolType="square"))  # fmt: skip
+    area = base.mark_rect(fill=c.preempted, stroke=c.grid, strokeWidth=1, cornerRadius=2).encode(
+        x=alt.X("x:Q", **axis), x2="x2:Q", y=alt.Y("y:Q", **axis_y), y2="y2:Q", fillOpacity=doubt)  # fmt: skip
     words = base.mark_text(font="monospace", fontSize=13).encode(x=alt.X("mx:Q", **axis), y=alt.Y("my:Q", **axis_y), text="text:N")
     return alt.layer(area, words).properties(width=WIDTH, height=(row + 1) * ROW, title=title(finding, note))
 

@@ -97,8 +97,8 @@ def _line(curve: _Curve, metric: Metric, unit: Unit, colour: str, place: tuple[i
     told = [alt.Tooltip("x:Q", title=unit.name, format=".4~g"), alt.Tooltip("y:Q", title="served", format=".1%")]
     line = alt.Chart(data(_stairs(curve, unit, domain))).mark_line(interpolate="step-after", strokeWidth=2.4, color=colour)
     dot = alt.Chart(data([median])).mark_point(filled=True, size=90, opacity=1, color=colour).encode(x=x, y=y, tooltip=told)
-    text = alt.Chart(data([{**median, "label": words}])).mark_text(align="left", dx=12, dy=10, color=colour, fontWeight="bold")
-    where = {"x": x, "y": y} if place[1] == 1 else {"x": alt.value({"expr": "0.6 * width"}), "y": alt.value(230 - 22 * (place[1] - 1 - place[0]))}
+    text = alt.Chart(data([{**median, "label": words}])).mark_text(align="left" if place[1] == 1 else "right", dx=12 if place[1] == 1 else 0, dy=10, color=colour, fontWeight="bold")
+    where = {"x": x, "y": y} if place[1] == 1 else {"x": alt.value({"expr": "width - 12"}), "y": alt.value(272 - 20 * (place[1] - 1 - place[0]))}
     return [line.encode(x=x, y=y, tooltip=told), dot, text.encode(**where, text="label:N")]
 
 

@@ -226,12 +226,13 @@ def policy_race(run_a: Run, run_b: Run, names: tuple[str, str] | None = None, ma
     start, end = min(r.start for r in rows), max(r.end for r in rows)
     rows = [r._replace(start=start, end=end) for r in rows]
     unit, c = unit_for(end - start), roles()
-    lanes = [_lane(r, unit, c, name, end + 0.01 * (end - start), last) for r, name, last in
-             zip(rows, labels, (False, True))]  # fmt: skip
+    headings = [_race_heading(run, shared, name) for run, name in zip((run_a, run_b), labels)]
+    lanes = [_lane(r, unit, c, heading, end + 0.01 * (end - start), last) for r, heading, last in
+             zip(rows, headings, (False, True))]  # fmt: skip
     finding = _race_finding(run_a, run_b, shared, *labels)
     notes = [setting(run_a), f"The same {count(len(shared), 'request')} in the same order; grey is waiting, a cross a preemption"]
     if len(shared) > max_rows:
-        notes.append(f"Shown are the first {max_rows}")
+        notes.append(f"Shown are the first {max_rows}; times are those of all")
     notes.append("One load only: repeat with other seeds before believing it")
     return alt.vconcat(*lanes, spacing=22).resolve_scale(x="shared", color="shared").properties(title=title(finding, *notes))
 
@@ -243,11 +244,15 @@ def _race_rows(run: Run, names: Sequence[str]) -> Rows:
     return Rows(run, list(names), spans, {}, start, max((s.end for s in every), default=start + 1e-6))
 
 
-def _lane(rows: Rows, unit: Unit, c: Roles, name: str, end: float, named: bool) -> Any:
+def _race_heading(run: Run, names: Sequence[str], label: str) -> str:
+    """Of all requests, drawn or not, as the finding is."""
+    ttft = Summary.of(run.requests[n].ttft for n in names)
+    return label if ttft.mean is None else f"{label}: mean TTFT {seconds(ttft.mean)}, p90 {seconds(ttft.p90 or 0.0)}"
+
+
+def _lane(rows: Rows, unit: Unit, c: Roles, heading: str, end: float, named: bool) -> Any:
     import altair as alt
 
-    ttft = Summary.of(rows.run.requests[n].ttft for n in rows.names)
-    heading = name if ttft.mean is None else f"{name}: mean TTFT {seconds(ttft.mean)}, p90 {seconds(ttft.p90 or 0.0)}"
     visible = len(rows.names) <= 24
     layers = [*_bars(rows, unit, c, end, visible, named), _arrivals(rows, unit, c, visible), *_preemptions(rows, unit, c, visible)]
     step = min(rows.step, 15)
