@@ -30,13 +30,13 @@ if importlib.util.find_spec("llmlab") is None:
 # No package index has llmlab (yet), so where it is missing it comes from a wheel beside the notebook.
 _MISSING = """\
 # Where llmlab is missing (in Colab, for example), it is installed from a wheel that lies beside this notebook. Elsewhere this does nothing.
-import glob
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 if importlib.util.find_spec("llmlab") is None:
-    wheels = sorted(glob.glob("llmlab-*.whl"))
+    wheels = sorted(Path().glob("llmlab-*.whl"))
     if not wheels:
         raise ImportError("llmlab is not installed here. In a checkout: pip install '.[apps]'. In Colab: make a wheel in a checkout with "
                           "`pip wheel --no-deps .`, upload it (files, on the left), and run this cell again.")

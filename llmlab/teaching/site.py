@@ -70,12 +70,15 @@ def build(root: Path, pages: Path, site: Path) -> None:
         raise ConfigError("zensical", None, "is not installed", "pip install 'llmlab[docs]'") from None
     config = with_all_pages((root / CONFIG).read_text(encoding="utf-8"), pages)
     settings = pages.parent / CONFIG
-    settings.write_text(f"docs_dir: {pages.name}\nsite_dir: {site.resolve()}\n{config}", encoding="utf-8")
+    built = pages.parent / "site"  # the builder writes nowhere else than below its settings
+    settings.write_text(f"docs_dir: {pages.name}\nsite_dir: {built.name}\n{config}", encoding="utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict", "--config-file", str(settings)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=pages.parent)
     if done.returncode:
         said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr).partition("Traceback")[0].strip()
         raise ConfigError("docs", str(pages), f"the site could not be built.\n{said}")
+    if site.resolve() != built.resolve():
+        shutil.copytree(built, site, dirs_exist_ok=True)
 
 
 def with_all_pages(config: str, pages: Path) -> str:
