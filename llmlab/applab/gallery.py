@@ -11,14 +11,18 @@ from llmlab.types import ConfigError, unknown_name
 
 
 class App(msgspec.Struct, frozen=True):
-    """One app: its file's name, its title, and the one idea that it shows."""
+    """One app: its file's name, its title, the one idea that it shows, and a word to visitors who choose."""
 
     name: str
     title: str
     idea: str
+    hint: str = ""
 
 
 APPS = (
+    App("chunked_prefill", "Chunked prefill",
+        "Eight people read their answers, a token at a time; somebody sends a long prompt, and all stand still. Cut it into chunks.",
+        "Start here: one minute, two sliders"),
     App("engine_room", "Engine room",
         "A real engine under a stream of requests. Turn a knob and watch the next step obey; click a bar and read why it was late."),
     App("policy_lab", "Policy lab",

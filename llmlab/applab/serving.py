@@ -269,7 +269,7 @@ addEventListener("DOMContentLoaded", () => {{
 
 def gallery_page(apps: Sequence[App]) -> str:
     """The page of cards."""
-    cards = "".join(f'<a class=card href="{one.name}/"><h2>{html.escape(one.title)}</h2><p>{html.escape(one.idea)}</p></a>' for one in apps)
+    cards = "".join(_card(one) for one in apps)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>llmlab</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
@@ -285,6 +285,11 @@ button.onclick = () => {{ llmlabSwitch(dark ? "light" : "dark"); location.reload
 </script></body></html>"""
 
 
+def _card(one: App) -> str:
+    hint = f"<p class=hint>{html.escape(one.hint)}</p>" if one.hint else ""
+    return f'<a class="card{" first" if hint else ""}" href="{one.name}/">{hint}<h2>{html.escape(one.title)}</h2><p>{html.escape(one.idea)}</p></a>'
+
+
 _CARDS = """
 body { margin: 0; font: 16px/1.5 Liberation Sans, Helvetica, Arial, sans-serif; background: #FFFFFF; color: #1F2933; }
 body.dark { background: #15191E; color: #E6E9EE; }
@@ -296,7 +301,8 @@ h1 { margin: 0; font-size: 34px; } h2 { margin: 0 0 6px; font-size: 19px; color:
 .card { display: block; padding: 18px 20px; border: 1px solid #E1E5EA; border-radius: 8px; color: inherit;
   text-decoration: none; }
 .card:hover, .card:focus { border-color: #0072B2; }
+.card.first { border: 2px solid #0072B2; } .hint { font-weight: bold; font-size: 13px; color: #00734F; margin: 0 0 4px; }
 button { color: #0060A0; background: none; border: 0; font: inherit; cursor: pointer; }
 .dark .lead { color: #9AA5B1; } .dark h2 { color: #3D9BD9; } .dark .card { border-color: #2B333D; }
-.dark .card:hover, .dark .card:focus { border-color: #3D9BD9; } .dark button { color: #6DB4E8; }
+.dark .card:hover, .dark .card:focus, .dark .card.first { border-color: #3D9BD9; } .dark .hint { color: #1FB98C; } .dark button { color: #6DB4E8; }
 """

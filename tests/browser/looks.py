@@ -111,6 +111,7 @@ def _overlap_turned(page: Page) -> None:
 
 
 TURNED: dict[str, dict[str, Callable[[Page], None]]] = {
+    "chunked_prefill": {"cut": lambda page: page.slide("token budget of a step", "ArrowLeft", 4)},
     "engine_room": {"crowded": _crowded},
     "policy_lab": {"turned": _head_to_head, "error": lambda page: _write(page, "class Broken:\n    def key(self, request now):\n        return 1\n")},
     "time_machine": {"forked": _forked},

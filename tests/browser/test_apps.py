@@ -48,6 +48,23 @@ def test_a_page_shows_a_picture_before_it_has_one_of_its_own(browser: Any, lab: 
     page.close()
 
 
+def test_chunked_prefill_is_where_a_visitor_starts(browser: Any, lab: str, screenshots: Path) -> None:
+    page = Page(browser, lab, "light", 1280, 1200)
+    page.open(lab, ".card")
+    assert "Start here" in page.page.locator(".card").first.inner_text()
+    page.page.locator(".card").first.click()
+    page.becomes(lambda: page.page.locator(".vega-embed").count() == 2, "a picture is missing")
+    assert "In one step" in finding(page) and "(s, log)" not in finding(page)
+    page.save(screenshots, "chunked_prefill_light_1280")
+    page.changes(lambda: finding(page), lambda: page.slide("tokens of the long prompt", "ArrowRight"), "prompt")
+    page.becomes(lambda: "8,192 tokens makes everybody wait" in finding(page), "the prompt does not grow")
+    before = page.picture(".vega-embed")
+    page.slide("token budget of a step", "ArrowLeft", 4)
+    page.becomes(lambda: "In 17 chunks" in finding(page), "the prompt is not cut")
+    page.becomes(lambda: page.picture(".vega-embed") != before, "the picture stays")
+    page.close()
+
+
 def number(page: Page, name: str) -> float:
     """The value of one of the timeline's tiles."""
     found = re.search(rf"{re.escape(name)}\s*\n\s*([\d.]+)", page.text(".llt .tiles"))
