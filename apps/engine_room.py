@@ -54,15 +54,25 @@ def _(blocks, budget, composer, drafts, live, ordering, rate, speed, tiering):
 
 @app.cell(hide_code=True)
 def _(live, ready):
-    timeline = LiveTimeline.of(live, theme=pages.page_theme()) if ready() and live.engine else pages.first_look()
+    _ready = ready()
+    words.beginning(live)
+    return
+
+
+@app.cell(hide_code=True)
+def _(live):
+    timeline = LiveTimeline(live, pages.recorded("first-look"), theme=pages.page_theme())
     shown = mo.ui.anywidget(timeline)
-    mo.vstack([words.beginning(live), shown])
+    shown
     return shown, timeline
 
 
 @app.cell(hide_code=True)
 def _(live, ready, timeline):
-    pump = Pump(live, timeline) if ready() and live.engine else None
+    _loaded = ready() and live.engine is not None
+    if _loaded:
+        timeline.go_live()
+    pump = Pump(live, timeline) if _loaded else None
     return (pump,)
 
 
@@ -77,6 +87,7 @@ def _(drop, live, timeline):
 def _():
     prompt = mo.ui.text(value="37*46-23*58", label="your prompt", max_length=400)
     send = mo.ui.run_button(label="Send")
+    mo.hstack([prompt, send], justify="start")
     return prompt, send
 
 
@@ -94,13 +105,15 @@ def _():
 
 
 @app.cell(hide_code=True)
-def _(beat, live, prompt, send, shown):
-    mo.vstack([
-        mo.hstack([prompt, send], justify="start"),
-        words.letter(live, shown.value.get("selected", "")),
-        words.engine_finding(live),
-        mo.Html(f'<div style="display:none">{beat}</div>'),
-    ])  # fmt: skip
+def _(beat):
+    mo.Html(f'<div style="display:none">{beat}</div>')
+    return
+
+
+@app.cell(hide_code=True)
+def _(beat, live, shown):
+    _now = beat.value
+    words.engine_room(live, shown.value.get("selected", ""))
     return
 
 

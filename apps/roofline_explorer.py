@@ -31,7 +31,7 @@ def _():
         })  # fmt: skip
 
     a, b = knobs("A", "a100", 8), knobs("B", "h100", 8)
-    mo.vstack([mo.hstack(list(one.elements.values()), justify="start", gap=1, wrap=True, align="center") for one in (a, b)])
+    mo.vstack([mo.hstack(list(one.elements.values()), justify="start", gap=1, wrap=True, align="center") for one in (a, b)], gap=1.2)
     return a, b
 
 

@@ -26,7 +26,8 @@ class Watcher:
     """Does what a page's pump does, and counts. `send` encodes each batch as marimo would, and throws it away."""
 
     def __init__(self, live: LiveEngine) -> None:
-        self.timeline = LiveTimeline.of(live)
+        self.timeline = LiveTimeline(live)
+        self.timeline.go_live()
         self.timeline.send = self._send  # type: ignore[method-assign]
         self.batches = self.bytes = self.events = 0
         self.cpu = 0.0

@@ -51,13 +51,6 @@ def recorded(name: str) -> Run:
     return Run.load(gallery.recorded_runs()[name])
 
 
-def first_look() -> Any:
-    """The timeline of the recorded run, to look at while something else is being prepared."""
-    from llmlab.ui.widget import Timeline
-
-    return Timeline(recorded("first-look"), theme=page_theme())
-
-
 def once(work: Callable[[], object]) -> None:
     """Do `work` in a thread of this page."""
     import marimo as mo

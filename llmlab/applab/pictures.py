@@ -13,6 +13,10 @@ from llmlab.ui import theme
 BESIDE = 110  # pixels of a page that no plotting area gets: its margins, and the labels of an axis
 
 
+FINDING = f"font:600 18px/1.3 {theme.FONT}; margin:10px 0 2px"  # on the element: a page's styles do not reach into tabs
+SMALL = f"font:13px/1.4 {theme.FONT}; margin:0 0 8px; opacity:.7"
+
+
 class Sheet(NamedTuple):
     """What a figure is drawn on: a theme ("light" or "dark"), and a page so many pixels wide."""
 
@@ -31,6 +35,11 @@ def drawn(sheet: Sheet, draw: Callable[[], Any]) -> Any:
     as text above it, so that they fit every page. A chart that is only a sentence becomes that sentence."""
     with _one_at_a_time(), theme.enable(sheet.theme):
         return _page_chart(_spec(draw), sheet.width)
+
+
+def headline(text: str) -> str:
+    """HTML of a finding above a picture."""
+    return f'<div class="llmlab-finding" role="heading" aria-level="2" style="{FINDING}">{text}</div>'
 
 
 def modelled(sheet: Sheet, draw: Callable[[], Any]) -> Any:
@@ -70,7 +79,7 @@ def _page_chart(spec: dict[str, Any], page: int) -> Any:
     import marimo as mo
 
     heading, note = spec.pop("title", {}), spec.pop("usermeta", {}).get("sentence", "")
-    words = mo.Html(f'<div class="llmlab-finding" role="heading" aria-level="2">{_lines(heading, "text")}</div><p class="llmlab-sub">{_lines(heading, "subtitle")}</p>')
+    words = mo.Html(headline(_lines(heading, "text")) + f'<p class="llmlab-sub" style="{SMALL}">{_lines(heading, "subtitle")}</p>')
     if note:
         return mo.vstack([words, mo.md(note)], gap=0)
     spec["background"] = spec["config"]["background"] = "transparent"

@@ -88,10 +88,17 @@ def finding(a: Priced, b: Priced) -> str:
     if a.setup == b.setup:
         return (f"{a.setup.label}: a step takes {seconds(a.step.seconds)}, most of it {a.step.bound}; "
                 f"{a.tokens_per_second:,.0f} tokens/s, {a.joules_per_token:.3g} J a token")  # fmt: skip
-    ratio = b.tokens_per_second / a.tokens_per_second
-    words = f"B makes {ratio:.2f} times the tokens per second of A" if ratio >= 1 else f"A makes {1 / ratio:.2f} times the tokens per second of B"
-    energy = b.joules_per_token / a.joules_per_token
-    return f"{words}, and B needs {energy:.2f} times the energy for each; A is bound by {a.step.bound}, B by {b.step.bound}"
+    fast, slow = (b, a) if b.tokens_per_second >= a.tokens_per_second else (a, b)
+    words = f"{fast.name} makes {_times(fast.tokens_per_second / slow.tokens_per_second)} the tokens per second of {slow.name}"
+    thirsty, frugal = (b, a) if b.joules_per_token >= a.joules_per_token else (a, b)
+    energy = f"a token of {thirsty.name} costs {_times(thirsty.joules_per_token / frugal.joules_per_token)} the energy"
+    large = [p.name for p in (a, b) if p.problem]
+    said = f". {' and '.join(large)} would not fit into memory" if large else ""
+    return f"{words}, and {energy}; A is bound by {a.step.bound}, B by {b.step.bound}{said}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f} times" if ratio >= 20 else f"{ratio:.3g} times"
 
 
 def table(both: Sequence[Priced]) -> str:

@@ -225,7 +225,8 @@ _FIRST = """
 _HEAD = f"""
 <style>
   :root {{ --marimo-heading-font: Liberation Sans, Helvetica, Arial, sans-serif; --marimo-text-font: Liberation Sans, Helvetica, Arial, sans-serif; }}
-  [data-testid="loading-indicator"] {{ margin-top: 30px; }}
+  [data-testid="loading-indicator"] {{ position: fixed !important; top: 5px; left: 96px; margin: 0; z-index: 61; }}
+  [data-testid="loading-indicator"] svg {{ height: 24px; }}
   .running-app-icon {{ animation: llmlab-appear 0s 1s forwards; }} /* marimo's own turns for ever, and makes the page paint */
   @keyframes llmlab-appear {{ to {{ visibility: visible; }} }}
   #llmlab-first {{ position: fixed; top: 34px; left: 0; right: 0; bottom: 0; z-index: 50; overflow: hidden; pointer-events: none;
@@ -246,8 +247,6 @@ _HEAD = f"""
   [data-testid="notebook-actions-dropdown"], [data-testid="watermark"] {{ display: none !important; }}
   #App > div {{ padding-left: max(12px, calc(50% - 640px)) !important; padding-right: max(12px, calc(50% - 640px)) !important; }}
   #App .output-area div[style*=flex] > div {{ min-width: 0; }} .cm-editor {{ max-width: 100%; }}
-  .llmlab-finding {{ font: 600 18px/1.3 Liberation Sans, Helvetica, Arial, sans-serif; margin: 10px 0 2px; }}
-  .llmlab-sub {{ font: 13px/1.4 Liberation Sans, Helvetica, Arial, sans-serif; margin: 0 0 8px; opacity: .7; }}
   .vega-embed {{ max-width: 100%; }} .vega-embed canvas, .vega-embed svg {{ max-width: 100% !important; height: auto !important; }}
   .output-area {{ padding-left: 12px; padding-right: 12px; overflow-x: auto !important; max-width: 100%; }}
   #App .marimo-cell {{ min-width: 0; max-width: 100%; }} #App h1 {{ margin: 12px 0 2px; }} #App .output {{ margin-bottom: 6px; }}

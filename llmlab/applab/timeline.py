@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 from llmlab.applab.live import LiveEngine
+from llmlab.runs import Run
 from llmlab.types import LabError
 from llmlab.ui.offline import answer
 from llmlab.ui.widget import Timeline
@@ -17,21 +18,18 @@ KEPT_STEPS = 1500  # that a page can scroll back
 
 
 class LiveTimeline(Timeline):
-    """What `LiveTimeline.of(live)` shows is the newest part of the engine's log; `why` is answered from it, too."""
+    """A recorded run until `go_live`, then the newest part of the engine's log; `why` is answered from it, too."""
 
-    _engine: LiveEngine
+    def __init__(self, live: LiveEngine, run: Run | None = None, **traits: Any) -> None:
+        super().__init__(run, **traits)
+        self._engine = live
 
-    @classmethod
-    def of(cls, live: LiveEngine, **traits: Any) -> LiveTimeline:
-        """The timeline of a loaded engine."""
+    def go_live(self) -> None:
+        """Show the engine, which is loaded. One widget for both: its script is fetched once, however late it comes."""
+        live = self._engine
         assert live.engine is not None and live.started is not None, "wait_until_ready comes first"
         log = live.engine.log
-        widget = cls.live(log, KEPT_STEPS, live.started, **traits)
-        widget._engine = live
-        if log.first_seq > 0:
-            for event in live.opening(next(iter(log)))[1:]:
-                widget.tell(event)
-        return widget
+        self.follow(log, KEPT_STEPS, live.started, live.opening(next(iter(log)))[1:] if log.first_seq > 0 else ())
 
     def answer_again(self) -> None:
         """Bring the answer on the page up to date, if it is about a request that has not finished."""
@@ -40,6 +38,8 @@ class LiveTimeline(Timeline):
             self.send(self._answer(self.selected))
 
     def _answer(self, request: str) -> dict[str, Any]:
+        if self._run is not None:
+            return super()._answer(request)
         try:
             window = self._engine.window()
             assert window is not None

@@ -15,31 +15,37 @@ from llmlab.ui.chart import count, percent, seconds
 
 
 def beginning(live: LiveEngine) -> Any:
-    """What is to be seen here: the engine, or a recorded run until it is loaded, or why it stopped."""
+    """What is to be seen and tried here: the engine, or a recorded run until it is loaded, or why it stopped."""
     import marimo as mo
 
     if live.ended:
         return mo.callout(mo.md(f"The engine {live.state}"), kind="danger")
     if live.engine is None:
         return mo.md("*The model is being loaded. Until then: a run recorded earlier.*")
-    return mo.md("")
+    return mo.md("Try: *Drop a long prompt* with a **token budget** of 512, then with 32: the long steps, in which all others stand still, "
+                 "are gone. Drag **arrivals/s** to the right: grey bars pile up. Then change **who goes first**.")  # fmt: skip
 
 
 def headline(text: str) -> Any:
     """A finding above a picture."""
     import marimo as mo
 
-    return mo.Html(f'<div class="llmlab-finding" role="heading" aria-level="2">{html.escape(text)}</div>')
+    return mo.Html(pictures.headline(html.escape(text)))
 
 
-def engine_finding(live: LiveEngine) -> Any:
-    """The engine in one sentence, who else looks at it, and what could not be done."""
+def engine_room(live: LiveEngine, selected: str) -> Any:
+    """What the request that was clicked asked and got; then the engine in one sentence, who else looks at it, and what
+    could not be done. One piece of text: it is made anew every second."""
     import marimo as mo
 
+    return mo.Html(f"<p>{_letter(live, selected)}</p><p>{'<br>'.join(_findings(live))}</p>")
+
+
+def _findings(live: LiveEngine) -> list[str]:
     v, lines = live.vitals, []
     if v.mean_ttft is not None and v.mean_e2e is not None:
-        lines.append(f"The newest requests got their first token after **{seconds(v.mean_ttft)}** and their last after "
-                     f"**{seconds(v.mean_e2e)}** on average (measured); {v.right} of {v.judged} answers were right.")  # fmt: skip
+        lines.append(f"The newest requests got their first token after <b>{seconds(v.mean_ttft)}</b> and their last after "
+                     f"<b>{seconds(v.mean_e2e)}</b> on average (measured); {v.right} of {v.judged} answers were right.")  # fmt: skip
     if live.speed < 1:
         lines.append(f"Slow motion: after each step the engine stands still, so a step takes {1 / live.speed:.0f} times as "
                      "long on this page as in truth. Its clock does not count that.")  # fmt: skip
@@ -47,30 +53,26 @@ def engine_finding(live: LiveEngine) -> Any:
     if drafts is not None:
         lines.append(f"Drafts of {drafts.source}: {_drafted(drafts)}")
     if live.num_watchers > 1:
-        lines.append(f"**{count(live.num_watchers, 'page')} look at this one engine**: whoever turns a knob turns it for all.")
-    lines += [f"`{note}`" for note in live.notes]
-    return mo.md("<br>".join(lines))
+        lines.append(f"<b>{count(live.num_watchers, 'page')} look at this one engine</b>: whoever turns a knob turns it for all.")
+    return lines + [f"<code>{html.escape(note)}</code>" for note in live.notes]
 
 
 def _drafted(drafts: Drafts) -> str:
     if not drafts.judged:
         return "none has been verified yet."
-    return (f"**{percent(drafts.held / drafts.judged)}** of {count(drafts.judged, 'token')} held, so a step brings a request that has "
-            f"some **{1 + drafts.held / drafts.verifications:.1f}** tokens instead of one (measured).")  # fmt: skip
+    return (f"<b>{percent(drafts.held / drafts.judged)}</b> of {count(drafts.judged, 'token')} held, so a step brings a request that has "
+            f"some <b>{1 + drafts.held / drafts.verifications:.1f}</b> tokens instead of one (measured).")  # fmt: skip
 
 
-def letter(live: LiveEngine, name: str) -> Any:
-    """What the request that was clicked asked, and what it got so far."""
-    import marimo as mo
-
+def _letter(live: LiveEngine, name: str) -> str:
     one = live.letters.get(name)
     if one is None:
-        return mo.md("Click a bar: what it asked, what it got, and why it was late.")
+        return "Click a bar: what it asked, what it got, and why it was late."
     verdict = {None: "", True: " ✓ right", False: " ✗ wrong"}[one.right]
     asked = one.prompt if len(one.prompt) < 300 else f"{one.prompt[:140]} … {one.prompt[-140:]}"
     said = html.escape(one.text) or "…"
-    return mo.Html(f"<p><b>{html.escape(name)}</b> asked <code>{html.escape(asked)}</code> and got "
-                   f"<code>{said}</code>{verdict if one.finished else ' …'}</p>")  # fmt: skip
+    return (f"<b>{html.escape(name)}</b> asked <code>{html.escape(asked)}</code> and got "
+            f"<code>{said}</code>{verdict if one.finished else ' …'}")  # fmt: skip
 
 
 def problem(entry: Trial) -> Any:

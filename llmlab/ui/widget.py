@@ -11,6 +11,7 @@ Keys: arrows step, space plays, home and end, + and - zoom, up and down choose a
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -58,9 +59,17 @@ class Timeline(anywidget.AnyWidget):  # type: ignore[misc]
     def live(cls, log: EventLog, keep: int = KEEP, started: ev.RunStarted | None = None, **traits: Any) -> Self:
         """Follow a log from its oldest event on. Nothing happens by itself: call `pull` as often as you want to show
         something. `keep`: steps that are remembered. `started`: the first event, if it fell out of the log's ring."""
-        widget = cls(None, _mode="live", playing=True, **traits)
-        widget._reader = _Reader(log, keep, started)
+        widget = cls(None, **traits)
+        widget.follow(log, keep, started)
         return widget
+
+    def follow(self, log: EventLog, keep: int = KEEP, started: ev.RunStarted | None = None, before: Sequence[ev.Event] = ()) -> None:
+        """From now on show this log, whatever was shown so far. `before`: what else fell out of the log's ring."""
+        self._run, self._reader = None, _Reader(log, keep, started)
+        for event in before:
+            self._reader.fold.write(event)
+        with self.hold_sync():  # the page must learn of it at once
+            self._forks, self.selected, self.step, self.playing, self._mode = False, "", -1, True, "live"
 
     def pull(self) -> int:
         """Read what is new in the log and send it to the page. Returns the number of events that were read; safe to
@@ -72,12 +81,6 @@ class Timeline(anywidget.AnyWidget):  # type: ignore[misc]
             if batch is not None:
                 self.send({"type": "batch", "batch": with_words(batch, None)})
         return count
-
-    def tell(self, event: ev.Event) -> None:
-        """Take in an event that the log no longer has. Only before the first `pull`, and only for a live timeline."""
-        if self._reader is not None:
-            with self._reader.lock:
-                self._reader.fold.write(event)
 
     # -------------------------------------------------------------------------------- from the page
     def _heard(self, widget: Any, message: Any, buffers: Any) -> None:

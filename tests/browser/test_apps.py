@@ -110,6 +110,22 @@ def test_engine_room(browser: Any, lab: str, screenshots: Path) -> None:
     page.close()
 
 
+def test_the_script_of_the_timeline_may_come_late(browser: Any, lab: str) -> None:
+    page = Page(browser, lab, "light", 1280, 1400)
+    held: list[Any] = []
+    page.page.route(re.compile("/@file/.*js"), lambda route: held.append(route))
+    page.page.goto(f"{lab}engine_room/")
+    page.becomes(lambda: bool(held), "nobody asks for the script")
+    page.becomes(lambda: "Drop a long prompt with" in page.text(), "the model is never loaded")
+    for route in held:
+        route.continue_()
+    page.page.unroute_all()
+    page.becomes(lambda: bool(page.page.locator(".llt[data-drawn=yes]").count()), "nothing is drawn")
+    page.becomes(lambda: number(page, "step") > 3, "no step is made")
+    assert page.page.get_by_role("button", name="Pause").count() == 1
+    page.close()
+
+
 def test_engine_room_at_night_and_for_two(browser: Any, lab: str, screenshots: Path) -> None:
     first, second = (Page(browser, lab, "dark", 800, 1400) for _ in range(2))
     first.open(f"{lab}engine_room/", ".llt")

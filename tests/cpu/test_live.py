@@ -121,7 +121,9 @@ def test_a_pump_ends_when_nobody_holds_it_any_more(live: LiveEngine) -> None:
     pytest.importorskip("anywidget", reason='anywidget is not installed: pip install "llmlab[apps]"')
     from llmlab.applab.timeline import LiveTimeline, Pump
 
-    pump = Pump(live, LiveTimeline.of(live))
+    timeline = LiveTimeline(live)
+    timeline.go_live()
+    pump = Pump(live, timeline)
     assert eventually(lambda: live.num_watchers == 1 and live.vitals.step > 5)
     del pump
     assert eventually(lambda: live.num_watchers == 0)

@@ -291,6 +291,7 @@ class View {
     const on = (name, act) => { model.on(name, act); this.cleanups.push(() => model.off(name, act)); };
     on("msg:custom", message => this.hear(message));
     on("change:_packed", () => this.unpack());
+    on("change:_mode", () => { this.book.number = -2; this.whys.clear(); this.zoom = null; this.follow = true; this.shown = null; this.start(); }); // no batch fits before the whole
     on("change:step", () => { if (model.get("step") !== this.sentStep) this.showStep(model.get("step")); });
     on("change:selected", () => this.showWhy());
     on("change:theme", () => this.redress());
