@@ -30,7 +30,7 @@ def picture_file(name: str, theme: str) -> Path | None:
 def charts() -> Mapping[str, Callable[[], Any]]:
     """What draws an app's first picture under the theme in force, by the name of the app."""
     return {
-        "engine_room": _timeline, "time_machine": _timeline, "policy_lab": _race, "roofline_explorer": _roofline,
+        "chunked_prefill": _scene, "engine_room": _timeline, "time_machine": _timeline, "policy_lab": _race, "roofline_explorer": _roofline,
         "kv_lab": _blocks, "speculation": _strip, "experts": _experts, "overlap": _placements,
     }  # fmt: skip
 
@@ -47,6 +47,12 @@ def svg(name: str, theme: str) -> str:
             enable_theme(dark=theme == "dark")
         spec = charts()[name]().to_dict() | {"background": "transparent"}
     return str(vl_convert.vegalite_to_svg(json.dumps(spec)))
+
+
+def _scene() -> Any:
+    from llmlab.applab import chunks
+
+    return chunks.scene_chart(chunks.scene(4096, 8192), chunks.longest(4096))
 
 
 def _timeline() -> Any:
