@@ -114,12 +114,21 @@ class EngineView(msgspec.Struct, frozen=True):
     costs: LayerCost | None = None
 
 
+class Wish(msgspec.Struct, frozen=True):
+    """How many tokens of prompts a placement wants in a step, at most and over all, and why."""
+
+    prompt_tokens: int
+    reason: str = ""
+
+
 class Offers(msgspec.Struct, frozen=True):
     """Work that the requests' decoding methods propose, at full length. `waiting` were admitted by the
-    admission policy, in queue order; they own no memory yet."""
+    admission policy, in queue order; they own no memory yet. `wish`: what the placement says of prompts, if it says anything; the
+    built-in `chunked` honours it."""
 
     running: tuple[WorkItem, ...]
     waiting: tuple[WorkItem, ...]
+    wish: Wish | None = None
 
 
 # ------------------------------------------------------------------- A: admission and ordering
@@ -231,6 +240,9 @@ class Placement(Protocol):
     is to live if it starts now (`need`: device blocks that it would take). Those already let in within this step stand in
     `view.running` with the status they had in the queue. With `steady = True` in the class that defines it, `place` promises
     to leave items of one new token as they are, so that simulations need not ask in every step.
+
+    One whose modes suit some lengths of prompt chunks better than others has `wish(view, offers) -> Wish | None`. It is asked
+    before the composer, in steps in which a prompt could be computed; None: as the composer likes.
     """
 
     def place(self, view: EngineView, items: Sequence[WorkItem]) -> Sequence[WorkItem] | Placed: ...

@@ -26,7 +26,8 @@ from llmlab.execution.timelines import Timelines
 from llmlab.papers import Finding, Progress, Report, Table
 from llmlab.runs import Run
 from llmlab.scheduling.placement import PLACEMENTS
-from llmlab.scheduling.placement_modes import Overlapped, Pipelined, Times, Weigher
+from llmlab.scheduling.placement_modes import Overlapped, Pipelined, Weigher
+from llmlab.scheduling.placement_times import Times
 from llmlab.seams import EngineView, Limits, Placed, PoolView, Rehome, RequestView
 from llmlab.types import Cost, Request, ResourceSpan, SamplingParams, Span, Status, WorkItem
 from llmlab.workloads.source import Load

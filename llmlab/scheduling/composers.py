@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from msgspec.structs import replace
 
 from llmlab.registry import Registry
-from llmlab.seams import Composer, EngineView, LayerCost, Limits, Offers
+from llmlab.seams import Composer, EngineView, LayerCost, Limits, Offers, Wish
 from llmlab.types import WorkItem
 
 
@@ -62,7 +62,7 @@ def split(offers: Sequence[WorkItem]) -> tuple[list[WorkItem], list[WorkItem]]:
 
 
 class Chunked:
-    """Decodes first, and the rest of the budget goes to chunks of prompts in the same step."""
+    """Decodes first, and the rest of the budget goes to chunks of prompts in the same step, or what the placement wishes."""
 
     name = "chunked"
 
@@ -70,7 +70,7 @@ class Chunked:
         if not offers.waiting and len(offers.running) <= view.limits.max_num_batched_tokens:
             return fill_running(view, offers)
         decodes, prompts = split(offers.running)
-        items = fill_after(decodes, [*prompts, *offers.waiting], view.limits)
+        items = fill_after(decodes, [*prompts, *offers.waiting], wished(view.limits, decodes, offers.wish))
         consider_unmixed(view, items)
         return items
 
@@ -88,9 +88,17 @@ def fill_running(view: EngineView, offers: Offers) -> Sequence[WorkItem]:
     if all(o.num_tokens == 1 for o in offers.running):
         return offers.running
     decodes, prompts = split(offers.running)
-    items = fill_after(decodes, prompts, view.limits)
+    items = fill_after(decodes, prompts, wished(view.limits, decodes, offers.wish))
     consider_unmixed(view, items)
     return items
+
+
+def wished(limits: Limits, decodes: Sequence[WorkItem], wish: Wish | None) -> Limits:
+    """The limits of a step in which prompts get what the placement wishes for them, beside `decodes` and their drafts."""
+    if wish is None:
+        return limits
+    budget = sum(offer.num_tokens for offer in decodes) + wish.prompt_tokens
+    return replace(limits, max_num_batched_tokens=min(limits.max_num_batched_tokens, budget))
 
 
 def consider_unmixed(view: EngineView, items: Sequence[WorkItem]) -> None:

@@ -83,7 +83,7 @@ class Journal:
         self.log.emit(
             ev.Decision, seam=seam.name, policy=seam.policy_name, num_candidates=num_offers,
             chosen=" ".join(f"{name}:{count}" for name, count in tokens.items()), alternatives=(*considered, *alternatives),
-            reason=f"{sum(tokens.values())} of {self.limits.max_num_batched_tokens} tokens",
+            reason=f"{sum(tokens.values())} of {self.limits.max_num_batched_tokens} tokens{_wished(offers)}",
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------- placement
@@ -256,6 +256,11 @@ class StateHash:
         self.touched.clear()
         self.value = value
         return value
+
+
+def _wished(offers: Offers) -> str:
+    wish = offers.wish
+    return "" if wish is None else f"; for prompts the placement wishes {wish.prompt_tokens}: {wish.reason}"
 
 
 def _shown(key: tuple[object, ...]) -> float | str:

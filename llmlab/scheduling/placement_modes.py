@@ -16,11 +16,14 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from llmlab.seams import EngineView, LayerCost, Mode, Need, Placed, Rehome, RequestView
+from llmlab.scheduling.placement_times import Course, Forecast, Times, crowd_of
+from llmlab.seams import EngineView, LayerCost, Mode, Need, Offers, Placed, Rehome, RequestView, Wish
 from llmlab.types import Home, Span, WorkItem
 
 FULL_BATCH = 128  # tokens of linear work from which a further prompt is no longer cheap (NEO's threshold)
-LEAST_GAIN = 1.02  # what overlapping must promise over the device alone
+LEAST_GAIN = 1.02  # what the other modes must promise over the device alone
+CHANGE = 1.5  # what a mode must promise for a step over the one that yields most in the long run, to be chosen instead
+INERTIA = 1.05  # how much more than the mode in force, pipeline or overlap, another must yield in the long run
 
 
 # ------------------------------------------------------------------------------------------- tiers
@@ -84,7 +87,7 @@ class Tiered:
         return tuple(moves)
 
 
-# ------------------------------------------------------------------------------------------- times
+# ------------------------------------------------------------------------------------------- work
 class Work(NamedTuple):
     """The items of a step, sorted: `near` attend on the device (decodes and all prompts), `decodes` among them; `away` are
     decodes whose KV is on the host, in order of arrival; `hosted` prompts whose KV goes there."""
@@ -93,43 +96,6 @@ class Work(NamedTuple):
     decodes: list[WorkItem]
     hosted: list[WorkItem]
     away: list[WorkItem]
-
-
-class Times:
-    """Predicted seconds of ONE layer, from the cost model. The CPU's attention is taken as a start, so much a row and so
-    much a token of KV, read off the cost model at three points."""
-
-    def __init__(self, costs: LayerCost) -> None:
-        self.costs = costs
-        one, long, two = (costs.host_attention([_probe(kv) for kv in rows]) for rows in ((1,), (4097,), (1, 1)))
-        self.per_token = (long - one) / 4096
-        self.per_row = max(0.0, two - one - self.per_token)
-        self.start = max(0.0, one - self.per_row - self.per_token)
-        self._linears: dict[int, float] = {}
-        sent = costs.transfer_seconds(costs.sent_bytes(1), "d2h")
-        self.trip = sent + costs.transfer_seconds(costs.returned_bytes(1), "h2d")
-
-    def linears(self, num_tokens: int) -> float:
-        found = self._linears.get(num_tokens)
-        if found is None:
-            around = self.costs.around(num_tokens, 0) if num_tokens else None
-            found = self._linears[num_tokens] = around.before + around.after if around is not None else 0.0
-        return found
-
-    def attention(self, items: Sequence[WorkItem]) -> float:
-        return self.costs.attention(items) if items else 0.0
-
-    def row(self, item: WorkItem) -> float:
-        """What a decode adds to the CPU's attention."""
-        return self.per_row + self.per_token * item.tokens[1]
-
-    def edges(self, entering: int, leaving: int) -> float:
-        """Of a whole step."""
-        return (self.costs.enter(entering) if entering else 0.0) + (self.costs.leave(leaving) if leaving else 0.0)
-
-
-def _probe(kv: int) -> WorkItem:
-    return WorkItem("", Span(kv - 1, kv))
 
 
 def sort_work(items: Sequence[WorkItem], view: EngineView, moves: Sequence[Rehome]) -> Work:
@@ -346,6 +312,20 @@ class Overlapped(Pipelined):
 
     name = "apex"
 
+    def wish(self, view: EngineView, offers: Offers) -> Wish | None:
+        """The chunk that suits the mode with which most comes out in the long run."""
+        kept = self._course(view)
+        return None if kept is None else Wish(kept.chunk, f"{kept.mode}, {kept.rate:.1f} tokens/s in the long run")
+
+    def _course(self, view: EngineView) -> Course | None:
+        """The mode to keep to, and how prompts are cut for it; None if nobody has begun to decode, or all have room on the device."""
+        crowd = crowd_of(view)
+        if not view.cpu or view.costs is None or crowd is None or not crowd.away:
+            return None
+        room = max(1, view.limits.max_num_batched_tokens - sum(r.decoding for r in view.running))
+        favour = {"gpu_only": LEAST_GAIN, "async_overlap" if _under_way(view) else "asym_pipeline": INERTIA}
+        return max(Forecast(self.times(view.costs), crowd).courses(room), key=lambda c: c.rate * favour.get(c.mode, 1.0))
+
     def weigh(self, weigher: Weigher, near: tuple[WorkItem, ...], moves: tuple[Rehome, ...]) -> Placed:
         lanes, chosen = weigher.lanes(), weigher.overlapping()
         alone, overlap = weigher.device_alone(), weigher.asynchronous(chosen)
@@ -355,8 +335,21 @@ class Overlapped(Pipelined):
         if ratio >= bound and not pipeline.why_not:
             pipeline = replace(pipeline, why_not=f"{said} ({pipeline.rate:.1f} tokens/s)")
         considered = (alone, pipeline, overlap)
-        if not pipeline.why_not and pipeline.rate > max(overlap.rate, alone.rate):
-            return Placed((*near, *weigher.in_lanes(lanes)), moves, pipeline.name, said, considered)
-        if overlap.rate > LEAST_GAIN * alone.rate:
-            return Placed((*near, *weigher.layer_by_layer(chosen)), moves, overlap.name, said, considered)
-        return Placed(near, moves, alone.name, said, considered)
+        kept = self._course(weigher.view)
+        said += "" if kept is None else f"; in the long run {kept.mode}, {kept.rate:.1f} tokens/s"
+        best = max([mode for mode in considered if not mode.why_not], key=lambda mode: mode.rate * _weight(mode, kept))
+        if best is pipeline:
+            near = (*near, *weigher.in_lanes(lanes))
+        elif best is overlap:
+            near = (*near, *weigher.layer_by_layer(chosen))
+        return Placed(near, moves, best.name, said, considered)
+
+
+def _weight(mode: Mode, kept: Course | None) -> float:
+    return (CHANGE if kept is not None and mode.name == kept.mode else 1.0) * (LEAST_GAIN if mode.name == "gpu_only" else 1.0)
+
+
+def _under_way(view: EngineView) -> bool:
+    """Whether most rows on the host are in the middle of a token, as overlap leaves them."""
+    away = [r for r in view.running if r.home == "cpu" and r.decoding]
+    return 2 * sum(r.cursor > 0 for r in away) > len(away)

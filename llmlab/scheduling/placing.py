@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence as AbstractSequence
 
+import msgspec
+
 from llmlab.events import catalog as ev
 from llmlab.memory.kv_manager import Shortage
 from llmlab.scheduling.core import RUNNING, Core
-from llmlab.scheduling.seamcalls import checked_places
-from llmlab.seams import EngineView, Placed, Rehome
+from llmlab.scheduling.seamcalls import checked_places, checked_wish
+from llmlab.seams import EngineView, Offers, Placed, Rehome, Wish
 from llmlab.types import WorkItem
 
 
+def _no_wish(view: EngineView, offers: Offers) -> Wish | None:
+    """Of a placement that has none."""
+    return None
+
+
 class Placing(Core):
-    """Placement of what the composer chose."""
+    """Placement of what the composer chose, and what the placement wishes before that."""
+
+    def _wishing(self, view: EngineView, offers: Offers) -> Offers:
+        """The offers, with the placement's wish if it has one and there are prompts."""
+        seam = self.policies.placement
+        if not hasattr(seam.policy, "wish") or not (offers.waiting or any(o.num_committed > 1 for o in offers.running)):
+            return offers
+        wish = seam.ask(lambda p: getattr(p, "wish", _no_wish)(view, offers), checked_wish)
+        return offers if wish is None else msgspec.structs.replace(offers, wish=wish)
 
     def _place(self, view: EngineView, items: AbstractSequence[WorkItem]) -> AbstractSequence[WorkItem]:
         """The items with their places: what the placement says, as far as it is possible."""

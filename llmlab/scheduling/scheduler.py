@@ -219,6 +219,7 @@ class Scheduler(Admitting, Placing, Reserving, Collecting):
     def _compose(self, view: EngineView, offers: Offers) -> AbstractSequence[WorkItem]:
         if not offers.running and not offers.waiting:
             return ()
+        offers = self._wishing(view, offers)
         seam = self.policies.composer
         items = seam.ask(lambda p: p.compose(view, offers), lambda a: checked_items(a, offers, self.limits))
         if not items and not self.inflight:

@@ -30,6 +30,7 @@ from llmlab.seams import (
     RoutingView,
     Wait,
     Where,
+    Wish,
 )  # fmt: skip
 from llmlab.types import Commit, ConfigError, Cost, Home, PolicyError, WorkItem
 
@@ -182,6 +183,16 @@ def _check_place(place: WorkItem, view: EngineView) -> None:
     num_layers = view.costs.num_layers if view.costs is not None else 0
     if place.layers is not None and not 0 <= place.layers[0] <= place.layers[1] <= num_layers:
         raise PolicyError("place", place, f"asks for layers outside 0..{num_layers}")
+
+
+def checked_wish(answer: Wish | None) -> Wish | None:
+    """No wish, or one that lets prompts get on."""
+    if answer is None:
+        return None
+    tokens = answer.prompt_tokens if isinstance(answer, Wish) else None
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1 or not isinstance(answer.reason, str):
+        raise PolicyError("wish", answer, "must be None or Wish(prompt_tokens, reason) of at least one token")
+    return answer
 
 
 def checked_home(answer: Home) -> Home:

@@ -196,6 +196,8 @@ def promised(policies: Policies) -> bool:
     """Whether all policies that a step asks have promised their answers for leaps."""
     asked = ((policies.composer.policy, "compose", "cuts"), (policies.placement.policy, "place", "steady"),
              (policies.decoding.policy, "work", "steady"), (policies.decoding.policy, "accept", "steady"))  # fmt: skip
+    if hasattr(policies.placement.policy, "wish"):  # it is asked anew in every step
+        return False
     return type(policies.stop_rule) is TokenStop and all(_promises(*each) for each in asked)
 
 

@@ -21,7 +21,7 @@ from llmlab.execution.base import Executor, Row, StepBatch, Ticket
 from llmlab.execution.sim_executor import PseudoTokens
 from llmlab.outputs import RequestOutput
 from llmlab.scheduling.composers import fill
-from llmlab.seams import EngineView, Need, Offers, Placed, Rehome, RequestView
+from llmlab.seams import EngineView, Need, Offers, Placed, Rehome, RequestView, Wish
 from llmlab.types import Home, Move, Request, SamplingParams, StepPlan, WorkItem
 
 MODEL, HARDWARE = "lab-xs", "t4"
@@ -201,6 +201,10 @@ class Restless:
 
     def home(self, view: EngineView, request: RequestView, need: Need) -> Home:
         return "cpu" if self._lot(view, request.id, "home") % 2 else "device"
+
+    def wish(self, view: EngineView, offers: Offers) -> Wish | None:
+        lot = self._lot(view, "", "wish")
+        return Wish(1 + lot // 2 % 12) if lot % 2 else None
 
     def place(self, view: EngineView, items: Sequence[WorkItem]) -> Placed:
         homes = {r.id: r.home for r in view.running}
