@@ -1,7 +1,7 @@
 """Linear layers on the CPU: weights packed once in panels, one kernel for every batch size.
 
 A panel holds PANEL output columns, row by row of the inner dimension, so that one token streams the
-weights at the speed of memory and many tokens reuse them from registers and cache. The sum of an
+weights at the speed of memory and many tokens reuse them, six at a time from registers, then from cache. The sum of an
 output runs over k in order in either case, so a row's result does not depend on the batch.
 """
 

@@ -2,7 +2,7 @@
 
 A thread takes units of the plan (a tile of queries, a range of KV, one KV head). It gathers CHUNK
 positions from the scattered blocks into dense tiles, the keys transposed, and then both products of
-attention are the same register tile that the linear layers use. Softmax runs online within a SEGMENT;
+attention are the same register tiles that the linear layers use. Softmax runs online within a SEGMENT;
 segments merge by their log-sum-exp in order. Nothing in a query's arithmetic depends on the batch, on
 how its prompt was cut into chunks, or on the number of threads.
 """

@@ -161,7 +161,7 @@ def _product(rows: int, scattered: bool) -> Any:
     return product
 
 
-_product_1, _product_2, _product_4, _product_6 = (_product(rows, False) for rows in (1, 2, 4, 6))
+_product_1, _product_2, _product_3, _product_4, _product_5, _product_6 = (_product(rows, False) for rows in range(1, 7))
 _scattered_1, _scattered_2, _scattered_4, _scattered_6 = (_product(rows, True) for rows in (1, 2, 4, 6))
 
 # A value whose numba type names the storage of the weights or of the KV cache.
@@ -171,16 +171,23 @@ F32, BF16, F16 = np.float32(0), np.uint16(0), np.int16(0)
 @compiled()
 def product(x, x_stride, w, y, y_stride, rows, k, ahead, storage):
     """y[rows, PANEL] += x[rows, k] @ w[k, PANEL] for addresses x, y (float32) and w (`storage`); k > 0."""
-    while rows >= 6 and rows != 8:  # 8 rows are two fours: two rows alone read weights faster than memory brings them
+    while rows >= 9:
         _product_6(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
         x, y, rows, ahead = x + 24 * x_stride, y + 24 * y_stride, rows - 6, ahead + 64 * k
-    while rows >= 4:
+    if rows >= 7:  # and not six and one, or two: so few read weights faster than memory brings them
         _product_4(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
         x, y, rows, ahead = x + 16 * x_stride, y + 16 * y_stride, rows - 4, ahead + 64 * k
-    if rows >= 2:
+    if rows == 6:
+        _product_6(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
+    elif rows == 5:
+        _product_5(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
+    elif rows == 4:
+        _product_4(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
+    elif rows == 3:
+        _product_3(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
+    elif rows == 2:
         _product_2(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
-        x, y, rows, ahead = x + 8 * x_stride, y + 8 * y_stride, rows - 2, ahead + 64 * k
-    if rows >= 1:
+    elif rows == 1:
         _product_1(x, x_stride, w, y, y_stride, k, ahead, 0, storage)
 
 
