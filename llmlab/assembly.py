@@ -18,6 +18,7 @@ from llmlab.backends import (
 )
 from llmlab.clock import Clock, RealClock, VirtualClock
 from llmlab.config import EngineConfig
+from llmlab.decoding.draft_sizes import DraftSizes, described
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog, Sink
 from llmlab.events.metrics import LiveMetrics
@@ -31,7 +32,6 @@ from llmlab.scheduling.scheduler import Scheduler
 from llmlab.seams import Limits
 from llmlab.speculating import Simulated
 from llmlab.types import ConfigError
-from roofline import shapes
 from roofline.precision import Precision
 
 KEPT_REQUESTS = 10_000  # that have ended, whose metrics stay one by one; older ones are added up
@@ -72,7 +72,7 @@ def assemble(config: EngineConfig) -> Assembly:
     executor, redraft = build_executor(config, backend, clock, log, num_blocks, num_host_blocks)
     drafting = redraft(config)
     executor.draft_with(drafting.side)
-    drafts = drafting.shape
+    drafts = drafting.sizes
     scheduler = build_scheduler(config, backend.cost, limits, log, num_blocks, num_host_blocks, drafts)
     effective = {**config.describe(), "num_blocks": num_blocks, "num_host_blocks": num_host_blocks,
                  "max_model_len": limits.max_model_len}  # fmt: skip
@@ -81,7 +81,7 @@ def assemble(config: EngineConfig) -> Assembly:
 
 
 def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: Executor, effective: dict[str, Any],
-              drafts: shapes.Shape | None) -> None:  # fmt: skip
+              drafts: DraftSizes | None) -> None:  # fmt: skip
     from llmlab import __version__
 
     model, device = backend.model, backend.hardware
@@ -93,7 +93,7 @@ def _announce(log: EventLog, config: EngineConfig, backend: Backend, executor: E
                   **_chosen(config, backend, effective["num_blocks"]), **executor.describe()},
         model={"name": model.name, "vocab_size": model.vocab_size, "eos_token_ids": list(model.eos_token_ids),
                "kv_bytes_per_token": backend.bytes_per_token, "precision": backend.precision,
-               "shape": asdict(model.shape), **({"draft": asdict(drafts)} if drafts is not None else {}),
+               "shape": asdict(model.shape), **({"draft": described(drafts)} if drafts is not None else {}),
                **({"acceptance": list(config.speculation.acceptance)} if isinstance(config.speculation, Simulated) else {})},
     )  # fmt: skip
 

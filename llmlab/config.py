@@ -134,8 +134,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tree_shape(self.draft_tree)
         if self.speculation is None:
             raise ConfigError("draft_tree", self.draft_tree, "needs somebody who drafts", "Name a draft model as speculation.")
-        if self.draft_policy == "goodput":
-            raise ConfigError("draft_policy", "goodput", "weighs chains and knows no trees", "Choose fixed or ewma.")
 
     @property
     def branches(self) -> tuple[int, ...]:

@@ -13,13 +13,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import msgspec
 
 from llmlab.assembly import Assembly, assemble
 from llmlab.config import DRAFT_FIELDS, EngineConfig, engine_config
+from llmlab.decoding.draft_sizes import described
 from llmlab.events import catalog as ev
 from llmlab.events.metrics import MetricsFold, RequestMetrics
 from llmlab.execution.base import StepBatch, Ticket, row_of
@@ -187,7 +187,7 @@ class Engine:
         else:
             drafting = self.redraft(config)
             told = {name: getattr(config, name) for name in DRAFT_FIELDS}
-            sizes = {"draft": asdict(drafting.shape)} if drafting.shape is not None else {}
+            sizes = {"draft": described(drafting.sizes)} if drafting.sizes is not None else {}
             self.scheduler.reconfigure({**changes, **told, **sizes}, self.clock.now())
             self.executor.draft_with(drafting.side)
         self.config, self.limits = config, self.scheduler.limits

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmlab.backends import Backend, free_host_bytes, host_cpu, load, num_slots
 from llmlab.clock import Clock
 from llmlab.config import EngineConfig
+from llmlab.decoding.draft_sizes import DraftSizes
 from llmlab.decoding.drafts import DraftSetup
 from llmlab.events.log import EventLog
 from llmlab.execution.base import Executor
@@ -21,11 +22,10 @@ from llmlab.execution.pool_plan import no_room_for_kv
 from llmlab.execution.sim_executor import PseudoTokens, SimDrafting, SimExecutor, TokenSource
 from llmlab.execution.sim_offload import ExpertSimExecutor, host_of, routing_for
 from llmlab.plugins import seam_of
-from llmlab.speculating import draft_cost_of, real_speculation, simulated_speculation, source_name
+from llmlab.speculating import price_of, real_speculation, simulated_speculation, source_name
 from llmlab.types import ConfigError
 from llmlab.workloads.routing import load_routing
 from roofline import hardware as hw
-from roofline import shapes
 
 if TYPE_CHECKING:
     from llmlab.execution.device_line import DeviceLine
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from llmlab.models.loader import LoadedModel
 
 class Redraft(NamedTuple):
-    """Another drafting side for an engine that exists: what its executor takes (`Executor.draft_with`), and the sizes of
-    the draft model (None: it runs none)."""
+    """Another drafting side for an engine that exists: what its executor takes (`Executor.draft_with`), and the sizes that
+    the price of its drafts depends on."""
 
     side: Any
-    shape: shapes.Shape | None = None
+    sizes: DraftSizes | None = None
 
 
 def build_executor(config: EngineConfig, backend: Backend, clock: Clock, log: EventLog, num_blocks: int, num_host_blocks: int
@@ -80,8 +80,8 @@ def _sim_drafting(backend: Backend, setup: DraftSetup, tokens: PseudoTokens, con
     speculation = simulated_speculation(config, _formed(setup, config), tokens)
     if speculation is None:
         return Redraft(None)
-    cost = draft_cost_of(backend.cost, speculation.shape, config)
-    return Redraft(SimDrafting(Drafter(speculation.source, setup.vocab_size), cost), speculation.shape)
+    price = price_of(backend.cost, speculation.sizes, config)
+    return Redraft(SimDrafting(Drafter(speculation.source, setup.vocab_size), price), speculation.sizes)
 
 
 def _real_drafting(setup: DraftSetup, config: EngineConfig) -> Redraft:
@@ -89,7 +89,7 @@ def _real_drafting(setup: DraftSetup, config: EngineConfig) -> Redraft:
     speculation = real_speculation(config, _formed(setup, config), config.kernels)
     if speculation is None:
         return Redraft(None)
-    return Redraft(Drafter(speculation.source, setup.vocab_size, config.acceptance), speculation.shape)
+    return Redraft(Drafter(speculation.source, setup.vocab_size, config.acceptance), speculation.sizes)
 
 
 def _formed(setup: DraftSetup, config: EngineConfig) -> DraftSetup:

@@ -36,7 +36,7 @@ from llmlab.plugins import eviction_chooser, policies_of, seam_of
 from llmlab.replaying import recorded_config, recorded_cost, recorded_draft, recorded_scheduler
 from llmlab.scheduling.scheduler import Scheduler
 from llmlab.seams import DraftSource
-from llmlab.speculating import draft_cost_of, source_name
+from llmlab.speculating import price_of, source_name
 from llmlab.types import ConfigError, Request, StepPlan, StepResult, TraceError, unknown_name
 from roofline.shapes import Shape
 
@@ -122,7 +122,7 @@ def fork(run: Run, at: int, recorded: Mapping[str, Any] | None = None, **changes
     _prove(run, scheduler, position, at)
     engine.config = recorded_config(run, **{**(recorded or {}), **_turned(run, position), **changes})
     drafting = engine.redraft(engine.config)
-    policies = policies_of(engine.config, scheduler.log, recorded_cost(run, config), drafting.shape)
+    policies = policies_of(engine.config, scheduler.log, recorded_cost(run, config), drafting.sizes)
     engine.executor.draft_with(drafting.side)
     scheduler.adopt(policies, clock.now())
     scheduler.memory.pool.choose = eviction_chooser(engine.config, scheduler.log)
@@ -256,7 +256,7 @@ def _drafting(run: Run, config: EngineConfig, tokens: RecordedTokens, cost: Roof
     source: DraftSource = (NGram() if config.speculation == NGram.name
                            else Oracle(tokens.token, held, shape.vocab_size, config.seed, plan))  # fmt: skip
     draft = recorded_draft(run, source_name(config.speculation))
-    return Redraft(SimDrafting(Drafter(source, shape.vocab_size), draft_cost_of(cost, draft, config)), draft)
+    return Redraft(SimDrafting(Drafter(source, shape.vocab_size), price_of(cost, draft, config)), draft)
 
 
 def _continue(run: Run, engine: Engine, position: int, flying: Sequence[ev.StepFinished],

@@ -10,10 +10,11 @@ import msgspec
 from llmlab.config import DRAFT_FIELDS, EngineConfig
 from llmlab.decoding.autoregressive import TokenStop
 from llmlab.decoding.draft_lengths import DRAFT_POLICIES
+from llmlab.decoding.draft_sizes import DraftSizes, sizes_from
 from llmlab.decoding.methods import DECODING_METHODS
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
-from llmlab.execution.cost import WithDrafts
+from llmlab.execution.draft_price import WithDrafts
 from llmlab.memory.eviction import EVICTIONS, LRU
 from llmlab.memory.kv_manager import KVManager
 from llmlab.memory.tiers import TIERINGS
@@ -28,8 +29,7 @@ from llmlab.scheduling.scheduler import Scheduler
 from llmlab.scheduling.seamcalls import Seam, checked_key, unchecked
 from llmlab.scheduling.weights import WEIGHT_PLACEMENTS
 from llmlab.seams import BlockView, CostModel, Eviction, Limits
-from llmlab.speculating import draft_cost_of, outlook_of, source_name
-from roofline import shapes
+from llmlab.speculating import book_of, price_of, source_name
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "ordering": ORDERINGS, "admission": ADMISSIONS, "composer": COMPOSERS, "victim": VICTIMS,
@@ -48,8 +48,8 @@ def register(seam: str, name: str, factory: Any) -> None:
 
 
 def build_scheduler(config: EngineConfig, cost: CostModel, limits: Limits, log: EventLog, num_blocks: int,
-                    num_host_blocks: int, drafts: shapes.Shape | None = None) -> Scheduler:  # fmt: skip
-    """A scheduler with its memory and policies; neither model nor executor is needed. `drafts`: sizes of a draft model."""
+                    num_host_blocks: int, drafts: DraftSizes | None = None) -> Scheduler:  # fmt: skip
+    """A scheduler with its memory and policies; neither model nor executor is needed. `drafts`: sizes of the draft source."""
     memory = KVManager(num_blocks, num_host_blocks, config.block_size, config.enable_prefix_caching, log,
                        eviction_chooser(config, log))  # fmt: skip
     policies = policies_of(config, log, cost, drafts)
@@ -57,7 +57,7 @@ def build_scheduler(config: EngineConfig, cost: CostModel, limits: Limits, log: 
                      lambda seam, choice: reseated(config, log, seam, choice, cost))  # fmt: skip
 
 
-def policies_of(config: EngineConfig, log: EventLog, cost: CostModel, drafts: shapes.Shape | None) -> Policies:
+def policies_of(config: EngineConfig, log: EventLog, cost: CostModel, drafts: DraftSizes | None) -> Policies:
     """The guarded seams that a configuration asks for."""
     def seam(name: str) -> Seam[Any]:
         return seam_of(config, log, name)
@@ -67,13 +67,13 @@ def policies_of(config: EngineConfig, log: EventLog, cost: CostModel, drafts: sh
                     seam("tiering"), seam("decoding"), TokenStop(), drafting)  # fmt: skip
 
 
-def _drafting(config: EngineConfig, log: EventLog, cost: CostModel, drafts: shapes.Shape | None) -> Drafting | None:
+def _drafting(config: EngineConfig, log: EventLog, cost: CostModel, drafts: DraftSizes | None) -> Drafting | None:
     """Who decides on the number of drafts, if there are any."""
     if config.speculation is None:
         return None
-    own = draft_cost_of(cost, drafts, config)
-    plans = cost if own is None else WithDrafts(cost, own)
-    return Drafting(seam_of(config, log, "draft_policy"), outlook_of(cost, own, config), source_name(config.speculation), plans)
+    price = price_of(cost, drafts, config)
+    plans = cost if price is None else WithDrafts(cost, price)
+    return Drafting(seam_of(config, log, "draft_policy"), book_of(cost, price, config), source_name(config.speculation), plans)
 
 
 def seam_of(config: EngineConfig, log: EventLog, name: str) -> Seam[Any]:
@@ -95,9 +95,9 @@ def reseated(config: EngineConfig, log: EventLog, seam: str, choice: Any, cost: 
 
 
 def _redrafted(config: EngineConfig, log: EventLog, cost: CostModel, changes: Mapping[str, Any]) -> Drafting | None:
-    """Another drafting side: all of DRAFT_FIELDS, and as "draft" the sizes of the draft model, if there is one."""
+    """Another drafting side: all of DRAFT_FIELDS, and as "draft" the sizes of the draft source, if they are known."""
     changed = msgspec.structs.replace(config, **{name: changes[name] for name in DRAFT_FIELDS if name in changes})
-    return _drafting(changed, log, cost, shapes.Shape(**changes["draft"]) if "draft" in changes else None)
+    return _drafting(changed, log, cost, sizes_from(changes["draft"]) if "draft" in changes else None)
 
 
 def eviction_chooser(config: EngineConfig, log: EventLog) -> Any:

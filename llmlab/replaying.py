@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from llmlab.config import EngineConfig
+from llmlab.decoding.draft_sizes import DraftSizes, sizes_from
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.events.replay import Difference, ReplayClock, replay
@@ -52,11 +53,11 @@ def recorded_cost(run: Run, config: EngineConfig) -> RooflineCost:
                         started.model["precision"], config.host, config.attention_plan, config.tensor_parallel_size)  # fmt: skip
 
 
-def recorded_draft(run: Run, source: str | None) -> Shape | None:
-    """The sizes of the draft model `source` that a run used, at its start or later; None if that is no model."""
+def recorded_draft(run: Run, source: str | None) -> DraftSizes | None:
+    """The sizes of the draft source that a run used, at its start or later; None if it told none."""
     told = [(run.started.config.get("speculation"), run.started.model.get("draft"))]
     told += [(e.changes["speculation"], e.changes.get("draft")) for e in run.events(ev.Reconfigured) if "speculation" in e.changes]
-    return next((Shape(**sizes) for name, sizes in told if name == source and sizes is not None), None)
+    return next((sizes_from(sizes) for name, sizes in told if name == source and sizes is not None), None)
 
 
 def replay_decisions(run: Run, **overrides: Any) -> Replayed:

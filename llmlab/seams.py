@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
-from llmlab.types import Commit, Cost, FinishReason, Home, ItemResult, Move, Request, Status, WorkItem
+from llmlab.types import Commit, Cost, FinishReason, Home, ItemResult, Move, Request, Span, Status, WorkItem
 
 Key = float | int | tuple[Any, ...]
 
@@ -410,22 +410,52 @@ class DraftSource(Protocol):
     context, in order. May keep what it learned; drafts never change what a request answers, only how fast (under rejection
     sampling: never the distribution of its answers, if `Proposal.odds` are true). If it raises
     or answers ids outside the vocabulary, the step goes on without drafts and a `PolicyFailed` event says so. One with
-    `reads_hidden = True` is shown the target's states (`DraftContext.hidden`); else nobody gathers them."""
+    `reads_hidden = True` is shown the target's states (`DraftContext.hidden`); else nobody gathers them. One with `sizes`
+    (`decoding.draft_sizes`) is priced by them; of others the price is learned."""
 
     def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]: ...
 
 
+class RoundPrice(Protocol):
+    """What rounds of drafts and verification cost, as far as that can be computed: seconds, of `count` requests of `length` tokens
+    each. Pure, and cheap when asked again."""
+
+    def plan(self, k: int) -> tuple[int, ...]:
+        """The parents of `k` drafts, -1 for the text's end: a chain, or the best `k` nodes of a tree."""
+        ...
+
+    def verifying(self, count: int, drafts: int, length: int) -> float:
+        """A step that verifies `drafts` drafts of each request, with the engine's own time around it."""
+        ...
+
+    def drafting(self, count: int, k: int, length: int) -> float:
+        """Proposing `k` drafts behind each request, of which the source has read all but the newest token."""
+        ...
+
+    def reading(self, spans: Sequence[Span], k: int) -> float:
+        """Proposing `k` drafts behind each span of tokens, which the source has not read yet."""
+        ...
+
+
 class DraftOutlook(msgspec.Struct, frozen=True):
-    """What drafting may and costs: at most `longest` tokens a request; `seconds(items, k)` is what it takes to propose k
-    tokens behind each item and to verify them all in one step (k=0: a step of plain decoding)."""
+    """What a draft policy is told. At most `longest` drafts a request (of a tree: nodes). `seconds(items, k)` is what it takes to
+    ask for k drafts behind each item and to verify what comes in one step (k=0: a step of plain decoding);
+    `tokens(acceptance, k)` what such a verification of one request yields, its own token included, if a (first) draft holds with
+    this chance. `acceptance` is the source's usual one, None before the first. `streak`: how many plans in a row asked for drafts, up to now;
+    `idle`: how many did not; `patience`: after how many of those it is time to try some, the longer the less came of it."""
 
     longest: int
     seconds: Callable[[Sequence[WorkItem], int], float]
+    tokens: Callable[[float, int], float]
+    acceptance: float | None = None
+    idle: int = 16
+    streak: int = 0
+    patience: int = 16
 
 
 class DraftLengths(msgspec.Struct, frozen=True):
     """How many drafts to propose behind each item. `options`: lengths that were weighed, with the predicted seconds per
-    token of each."""
+    token of each (of those, what was learned from the log is part)."""
 
     lengths: tuple[int, ...]
     reason: str = ""

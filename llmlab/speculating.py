@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmlab.config import EngineConfig
+from llmlab.decoding.draft_book import DraftBook
+from llmlab.decoding.draft_sizes import DraftSizes
 from llmlab.decoding.drafts import DRAFT_SOURCES, DraftSetup, Oracle
-from llmlab.execution.cost import DraftCost, RooflineCost, draft_outlook
+from llmlab.execution.draft_price import DraftPrice, RoundPrices, draft_price
 from llmlab.registry import policy_name
-from llmlab.seams import CostModel, DraftOutlook, DraftSource
+from llmlab.seams import CostModel, DraftSource
 from llmlab.types import ConfigError, ModelError, unknown_name
 from roofline import shapes
 from roofline.errors import RooflineError
@@ -33,11 +35,11 @@ class Simulated(NamedTuple):
 
 
 class Speculation(NamedTuple):
-    """A draft source, and the sizes of the model that it runs (None: it runs none)."""
+    """A draft source, and the sizes that its price depends on (None: nobody knows them, or it costs nothing)."""
 
     source: DraftSource
     name: str
-    shape: Shape | None = None
+    sizes: DraftSizes | None = None
 
 
 def real_speculation(config: EngineConfig, setup: DraftSetup, kernels: str) -> Speculation | None:
@@ -55,7 +57,7 @@ def real_speculation(config: EngineConfig, setup: DraftSetup, kernels: str) -> S
             sources = f"Sources without a model: {', '.join(DRAFT_SOURCES.names())}."
             raise ConfigError("speculation", choice, error.problem, f"{error.way_out} {sources}") from None
         return Speculation(model, model.name, roofline_shape(model.loaded))
-    return Speculation(_source(choice, setup, config), source_name(choice))
+    return _sized(_source(choice, setup, config), choice)
 
 
 def simulated_speculation(config: EngineConfig, setup: DraftSetup, tokens: TokenSource) -> Speculation | None:
@@ -71,10 +73,19 @@ def simulated_speculation(config: EngineConfig, setup: DraftSetup, tokens: Token
         raise ConfigError("acceptance", config.acceptance, "means nothing to the simulator, which draws no tokens",
                           "Say how often drafts hold: llmlab.speculating.Simulated((0.8, 0.7)).")  # fmt: skip
     if not isinstance(choice, Simulated):
-        return Speculation(_source(choice, setup, config), source_name(choice))
+        return _sized(_source(choice, setup, config), choice)
     check_acceptance(choice.acceptance)
     source = Oracle(tokens.token, choice.acceptance, setup.vocab_size, setup.seed, setup.plan)
     return Speculation(source, choice.name, None if choice.draft is None else _shape(choice.draft))
+
+
+def _sized(source: DraftSource, choice: Any) -> Speculation:
+    """A source with the sizes that it tells of itself."""
+    sizes = getattr(source, "sizes", None)
+    if sizes is not None and not isinstance(sizes, DraftSizes):
+        raise ConfigError("speculation", choice, f"has sizes that nobody can price: {sizes!r}",
+                          "Leave the attribute out (the price is learned), or see llmlab.decoding.draft_sizes.")  # fmt: skip
+    return Speculation(source, source_name(choice), sizes)
 
 
 def check_acceptance(acceptance: Sequence[float]) -> None:
@@ -108,12 +119,11 @@ def source_name(choice: Any) -> str:
     return choice if isinstance(choice, str) else policy_name(choice)
 
 
-def draft_cost_of(cost: CostModel, shape: Shape | None, config: EngineConfig) -> CostModel | None:
-    """The cost model of a draft model on the device of the target."""
-    if shape is None or not isinstance(cost, RooflineCost):
-        return None
-    return DraftCost(RooflineCost(shape, cost.name, config.block_size, cost.dtype, cost.host), config.branches)
+def price_of(cost: CostModel, sizes: DraftSizes | None, config: EngineConfig) -> DraftPrice | None:
+    """What drafting costs on the device of the target."""
+    return draft_price(cost, sizes, config.branches, config.block_size)
 
 
-def outlook_of(cost: CostModel, draft_cost: CostModel | None, config: EngineConfig) -> DraftOutlook:
-    return draft_outlook(cost, draft_cost, config.num_drafts)
+def book_of(cost: CostModel, price: DraftPrice | None, config: EngineConfig) -> DraftBook:
+    """An empty book on the drafts of an engine."""
+    return DraftBook(RoundPrices(cost, price, config.branches), config.num_drafts)

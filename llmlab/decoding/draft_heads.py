@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmlab.decoding.draft_sizes import HeadSizes
 from llmlab.decoding.drafts import DraftSetup
 from llmlab.decoding.sampler import greedy, plain, sample, sample_row
 from llmlab.models.loader import LoadedModel
@@ -71,6 +72,7 @@ class DraftHeads:
 
     def __init__(self, target: Transformer, weights: HeadWeights, seed: int = 0, chosen: bool = False, least: float = LEAST) -> None:
         weights.check(target.shape.hidden_size)
+        self.sizes = HeadSizes(weights.down.shape[1], len(weights.w_tokens))
         self.name, self._target, self._seed, self._chosen, self._least = "heads", target, seed, chosen, least
         kernels, dtype, device = target.kernels, target.dtype, target.device
         self._norm = weights.state_norm.detach().to(device, torch.float32)

@@ -1,8 +1,9 @@
 """How many drafts to propose (seam E): fixed, by what was accepted lately, or by predicted goodput.
 
 With acceptance a of a single draft, a chain of k yields on average 1 + a + ... + a^k tokens per verification
-(Leviathan et al., arXiv 2211.17192, eq. 1). Whether that pays depends on what a longer span costs, which the cost model
-knows: nothing while the step is bound by memory, and in proportion once it is bound by arithmetic.
+(Leviathan et al., arXiv 2211.17192, eq. 1). Whether that pays depends on what a longer span costs (nothing while the step is
+bound by memory, in proportion once it is bound by arithmetic), on what the drafting costs, and on what the engine does for
+each step and each draft. `DraftOutlook` says all of it: by price at first, and by what steps really took from then on.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from llmlab.registry import Registry
 from llmlab.seams import DraftLengths, DraftOutlook, DraftPolicy, EngineView
 from llmlab.types import WorkItem
 
-PRIOR = 0.6  # acceptance of a request that no draft of was verified yet
+PRIOR = 0.6  # acceptance of a source that no draft of was verified yet
 HOPE = 0.9  # acceptance at which drafts must pay, or they are not even tried
-AGAIN = 16
+TRIAL = 3  # drafts of one request, to learn whether they hold
+EVERY = 8  # plans without drafts between two that are weighed anew
 PATIENCE = 3  # lengths without gain behind the best one, after which no longer ones are priced
 PRESSED = 0.05  # share of free blocks below which nobody drafts
 
@@ -33,6 +35,11 @@ def pressed(view: EngineView) -> bool:
     return view.pool.num_free < max(len(view.running), PRESSED * view.pool.num_blocks)
 
 
+def resting(outlook: DraftOutlook) -> bool:
+    """Whether nobody drafts now, and it is not time to weigh that anew: weighing costs time as well."""
+    return 2 < outlook.idle < outlook.patience and outlook.idle % EVERY != 0
+
+
 class Fixed:
     """As many as the configuration allows, always."""
 
@@ -43,7 +50,8 @@ class Fixed:
 
 
 class ByAcceptance:
-    """Each request as many as it will probably accept, by the moving average of its own drafts."""
+    """Each request as many as it will probably accept, by the moving average of its own drafts; no drafts where those lengths
+    promise less than plain decoding, until it is time to try again."""
 
     name = "ewma"
 
@@ -52,10 +60,24 @@ class ByAcceptance:
 
     def lengths(self, view: EngineView, items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths:
         if pressed(view):
-            return DraftLengths((0,) * len(items), "KV memory is short")
-        rates = acceptances(view)
-        lengths = tuple([self._length(rates.get(item.request, PRIOR), outlook.longest) for item in items])
-        return DraftLengths(lengths, f"the last draft holds with a chance of {self.least:g} or more")
+            return none(items, "KV memory is short")
+        if resting(outlook):
+            return none(items, "drafts did not pay")
+        known = acceptances(view)
+        usual = PRIOR if outlook.acceptance is None else outlook.acceptance
+        rates = [known.get(item.request, usual) for item in items]
+        lengths = tuple([self._length(rate, outlook.longest) for rate in rates])
+        plain, drafting = outlook.seconds(items, 0) / len(items), self._seconds(items, rates, lengths, outlook)
+        if drafting <= plain:
+            return DraftLengths(lengths, f"the last draft holds with a chance of {self.least:g} or more")
+        if outlook.idle >= outlook.patience:
+            return trial(items, outlook, "to see whether drafts hold")
+        return none(items, f"{plain / drafting:.2f} times the tokens a second of plain decoding")
+
+    def _seconds(self, items: Sequence[WorkItem], rates: Sequence[float], lengths: Sequence[int], outlook: DraftOutlook) -> float:
+        """A token, of a round in which the requests have these lengths."""
+        tokens = sum([outlook.tokens(rate, k) for rate, k in zip(rates, lengths)])
+        return outlook.seconds(items, round(sum(lengths) / len(lengths))) / tokens
 
     def _length(self, rate: float, longest: int) -> int:
         """At least 1, so that a request whose text becomes predictable again is noticed."""
@@ -66,39 +88,40 @@ class ByAcceptance:
 
 
 class ByGoodput:
-    """The one length for all that promises the most tokens a second: the cost model prices the step that would verify
-    them, and the drafting; no drafts where none promises `margin` times plain decoding: predictions err, and the draft
-    model must read the prompts, too. Requests that no draft of was verified yet count as the others do on average.
+    """The one length for all that promises the most tokens a second. Drafting begins where it promises `margin` times plain
+    decoding (predictions err, and a draft model must first read the texts), and ends where it promises less than `enough` times. Requests
+    that no draft of was verified yet count as the others do on average.
 
-    Who never drafts never learns that drafts would hold. So while nothing is known, and at every AGAIN-th token of the
-    oldest request, that one tries `trial` drafts, if they would pay at an acceptance of HOPE."""
+    Who never drafts never learns that drafts would hold. So while nothing is known, and again after a while without drafts, the
+    oldest request tries `TRIAL` drafts, if they would pay at an acceptance of HOPE. A trial that leads to nothing doubles the while."""
 
     name = "goodput"
 
-    def __init__(self, margin: float = 1.15, trial: int = 3) -> None:
-        self.margin = margin
-        self.trial = trial
+    def __init__(self, margin: float = 1.15, enough: float = 1.03) -> None:
+        self.margin, self.enough = margin, enough
 
     def lengths(self, view: EngineView, items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths:
         if pressed(view):
-            return DraftLengths((0,) * len(items), "KV memory is short")
+            return none(items, "KV memory is short")
+        if resting(outlook):
+            return none(items, "drafts did not pay")
         rates = acceptances(view)
-        if rates:
-            usual = sum(rates.values()) / len(rates)
+        usual = sum(rates.values()) / len(rates) if rates else outlook.acceptance
+        answer = none(items, "a trial is being verified")
+        if usual is not None:
             answer = self._best([rates.get(item.request, usual) for item in items], items, outlook)
-            if answer.lengths[0] or items[0].tokens[1] % AGAIN:
-                return answer
+        if answer.lengths[0] or outlook.idle < outlook.patience:
+            return answer
         hoped = self._best([HOPE] * len(items), items, outlook)
-        if not hoped.lengths[0]:
-            return answer if rates else hoped
-        lengths = (min(self.trial, outlook.longest), *(0,) * (len(items) - 1))
-        return DraftLengths(lengths, f"a trial: {hoped.reason}", hoped.options)
+        if hoped.lengths[0]:
+            return trial(items, outlook, hoped.reason, hoped.options)
+        return hoped if usual is None else answer
 
     def _best(self, known: Sequence[float], items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths:
         """The best length if drafts hold as often as `known` says of each request."""
         options = self._options(Counter([round(rate, 1) for rate in known]), items, outlook)
         best, seconds = min(options, key=lambda o: (o[1], o[0]))
-        if options[0][1] < self.margin * seconds:
+        if options[0][1] < (self.margin if outlook.streak < 2 else self.enough) * seconds:
             best, seconds = options[0]
         gain, mean = options[0][1] / seconds, sum(known) / len(known)
         reason = f"{gain:.2f} times the tokens a second of plain decoding, at an acceptance of {mean:.2f}"
@@ -109,12 +132,23 @@ class ByGoodput:
         options: list[tuple[int, float]] = []
         best = 0
         for k in range(outlook.longest + 1):
-            tokens = sum([count * expected_tokens(rate, k) for rate, count in shares.items()])
+            tokens = sum([count * outlook.tokens(rate, k) for rate, count in shares.items()])
             options.append((k, outlook.seconds(items, k) / tokens))
             best = k if options[k][1] < options[best][1] else best
             if k - best == PATIENCE:
                 break
         return tuple(options)
+
+
+def none(items: Sequence[WorkItem], reason: str) -> DraftLengths:
+    """Nobody drafts."""
+    return DraftLengths((0,) * len(items), reason)
+
+
+def trial(items: Sequence[WorkItem], outlook: DraftOutlook, reason: str, options: tuple[tuple[int, float], ...] = ()) -> DraftLengths:
+    """The oldest request drafts a little."""
+    lengths = (min(TRIAL, outlook.longest), *(0,) * (len(items) - 1))
+    return DraftLengths(lengths, f"a trial: {reason}", options)
 
 
 def acceptances(view: EngineView) -> dict[str, float]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmlab import rng
+from llmlab.decoding.draft_sizes import LayerSizes
 from llmlab.decoding.draft_trees import is_chain, planted
 from llmlab.decoding.drafts import REMEMBERED, DraftSetup
 from llmlab.decoding.rejection import draw_siblings
@@ -139,6 +140,7 @@ class DraftModel:
 
     def __init__(self, loaded: LoadedModel, setup: DraftSetup, layers: int | None = None) -> None:
         self.name = loaded.name if layers is None else f"first {layers} layers of {loaded.name}"
+        self.sizes = None if layers is None else LayerSizes(layers)
         self.loaded = loaded
         self._model, self._setup = loaded.model, setup
         self._layers = range(layers if layers is not None else loaded.shape.num_layers)

@@ -12,6 +12,7 @@ often as rejection sampling does: with the target's probability of the draft.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -95,6 +96,31 @@ def accepted_path(item: WorkItem, token_ids: Sequence[int]) -> list[int]:
             break
         path.append(child)
     return path
+
+
+class Tried(NamedTuple):
+    """What a verification tells of its drafts: `first_choices` that were tried (those behind a failure tell nothing), how many
+    `held`; and of `siblings`, tried where those before them failed, how many held."""
+
+    first_choices: int
+    held: int
+    siblings: int = 0
+    siblings_held: int = 0
+
+
+def tried(item: WorkItem, path: Sequence[int]) -> Tried:
+    """What became of the drafts of an item, of which those in `path` hold."""
+    if not item.parents:
+        return Tried(min(len(item.drafts), len(path) + 1), len(path))
+    first = held = siblings = siblings_held = 0
+    for at, node in zip((-1, *path), (*path, -1)):
+        children = [i for i, parent in enumerate(item.parents) if parent == at]
+        if not children:
+            break
+        rank = children.index(node) if node in children else len(children)
+        first, held = first + 1, held + (rank == 0)
+        siblings, siblings_held = siblings + min(rank, len(children) - 1), siblings_held + (0 < rank < len(children))
+    return Tried(first, held, siblings, siblings_held)
 
 
 def paths(drafts: Sequence[int], parents: Sequence[int]) -> list[tuple[int, ...]]:

@@ -14,16 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from msgspec.structs import replace as replace_struct
-
 import llmlab
-from llmlab.decoding.draft_trees import fed_by_level, plan_of
 from llmlab.execution.attention_cost import plan_cost
 from llmlab.execution.opgraph import Pending, build
 from llmlab.execution.overlap import Overlap
 from llmlab.execution.tensor_parallel import group_kv_bytes
 from llmlab.execution.timelines import Timelines, busy
-from llmlab.seams import CostModel, DraftOutlook, LayerCost
+from llmlab.seams import LayerCost
 from llmlab.types import Cost, Move, Span, Traffic, WorkItem
 from roofline.cost import AroundAttention, Efficiency, StepCost
 from roofline.cost import CostModel as RooflineModel
@@ -39,11 +36,6 @@ from roofline.shapes import Shape
 # What llmlab's executor needs for a step on a CPU whatever the step holds: Python, and the first touch of the weights. Of
 # decoding steps of lab-s on one thread of `cpu-2core`: 0.18 ms with one row, of which the arithmetic is a third.
 CPU_STEP_SECONDS = 1.2e-4
-# The same for one pass of a draft model, which no scheduler plans: from benchmarks/speculation.py, lab-m with lab-xs, rounds
-# of 3 and of 6 drafts, one thread.
-CPU_DRAFT_SECONDS = 1.2e-4
-# And what the engine does between two steps: planning, committing, answers. Of one stream, docs/benchmarks.md.
-CPU_ENGINE_SECONDS = 1.6e-4
 DEFAULT_HOST = "xeon-6130-2s"  # the CPU beside a GPU, if nobody says which
 
 
@@ -285,95 +277,6 @@ def in_one_batch(items: Sequence[WorkItem]) -> bool:
     """Whether all items stay on the device, in one batch."""
     placed = [(item.device, item.lane, item.home) for item in items]
     return placed.count(("device", 0, "device")) == len(placed)
-
-
-class DraftCost:
-    """What a draft model's own passes cost: those of an engine, but for the time that a step takes on a CPU. `branches`: the
-    form of its trees, none for chains."""
-
-    def __init__(self, cost: RooflineCost, branches: tuple[int, ...] = ()) -> None:
-        self._cost, self.branches = cost, branches
-        on_cpu = cost.hardware.kind == "cpu" and not isinstance(cost.model, ProfileCost)
-        self._saved = CPU_STEP_SECONDS - CPU_DRAFT_SECONDS if on_cpu else 0.0
-
-    def step(self, items: Sequence[WorkItem]) -> Cost:
-        cost = self._cost.step(items)
-        return Cost(max(0.0, cost.seconds - self._saved), cost.flops, cost.bytes, cost.joules, cost.bound)
-
-    def plan(self, items: Sequence[WorkItem], moves: Sequence[Move], writes: Mapping[str, Sequence[int]]) -> Cost:
-        return self._cost.plan(items, moves, writes)
-
-    def swap(self, num_blocks: int) -> Cost:
-        return self._cost.swap(num_blocks)
-
-    def block_bytes(self) -> int:
-        return self._cost.block_bytes()
-
-    def layers(self) -> RooflineLayers:
-        return self._cost.layers()
-
-
-class WithDrafts:
-    """The costs of a model, behind whose steps a draft model proposes: part of a plan's cost, not of a step's."""
-
-    def __init__(self, cost: CostModel, draft_cost: CostModel) -> None:
-        self._cost, self._draft_cost = cost, draft_cost
-        self.step, self.swap, self.block_bytes, self.layers = cost.step, cost.swap, cost.block_bytes, cost.layers
-
-    def plan(self, items: Sequence[WorkItem], moves: Sequence[Move], writes: Mapping[str, Sequence[int]]) -> Cost:
-        own, drafts = self._cost.plan(items, moves, writes), drafting(self._draft_cost, items)
-        if not drafts:
-            return own
-        traffic = replace_struct(own.bytes, hbm=own.bytes.hbm + sum(cost.bytes.hbm for cost in drafts))
-        seconds, flops, joules = (sum(part) for part in zip(*((c.seconds, c.flops, c.joules) for c in (own, *drafts))))
-        return Cost(seconds, flops, traffic, joules, own.bound)
-
-
-def draft_seconds(cost: CostModel | None, items: Sequence[WorkItem], k: int | None = None) -> float:
-    """What a draft model takes to propose `k` tokens behind each item; by default as many as the items ask for."""
-    return 0.0 if cost is None else sum(step.seconds for step in drafting(cost, items, k))
-
-
-def drafting(cost: CostModel, items: Sequence[WorkItem], k: int | None = None) -> list[Cost]:
-    """The steps of a draft model that proposes `k` tokens behind each item, one after the other. In the first it also
-    computes the prompts that the items compute."""
-    branches = cost.branches if isinstance(cost, DraftCost) else ()
-    counts = [fed_by_level(plan_of(branches, item.propose if k is None else k)) for item in items]
-    return [
-        cost.step([_draft_row(item, fed, level) for item, fed in zip(items, counts) if len(fed) > level])
-        for level in range(max(map(len, counts), default=0))
-    ]
-
-
-def _draft_row(item: WorkItem, fed: Sequence[int], level: int) -> WorkItem:
-    at = item.tokens[1] + sum(fed[:level])
-    return WorkItem(item.request, Span(item.tokens[0] if level == 0 else at, at + fed[level]))
-
-
-def draft_outlook(cost: CostModel, draft_cost: CostModel | None, longest: int) -> DraftOutlook:
-    """What a draft policy is told: rounds of drafting and verification, priced."""
-    known: dict[tuple[int, int, int], float] = {}
-
-    def seconds(items: Sequence[WorkItem], k: int) -> float:
-        """All items taken as equally long, in steps of 64 tokens: a policy asks this for every k in every step."""
-        length = 64 * max(1, -(-sum(item.tokens[1] for item in items) // (64 * max(1, len(items)))))
-        key = (len(items), k, length)
-        if key not in known:
-            ahead = [WorkItem(i.request, Span(length, length + 1 + k), drafts=(0,) * k) for i in items]
-            behind = [WorkItem(i.request, Span(length - 1, length)) for i in items]
-            known[key] = _between_steps(cost, ahead) + cost.step(ahead).seconds + draft_seconds(draft_cost, behind, k)
-        return known[key]
-
-    return DraftOutlook(longest, seconds)
-
-
-def _between_steps(cost: CostModel, items: Sequence[WorkItem]) -> float:
-    """The engine's own time for a step, which a token that came as a draft does not need."""
-    if not isinstance(cost, RooflineCost):
-        return 0.0
-    if isinstance(cost.model, ProfileCost):
-        return cost.engine_seconds(items)
-    return CPU_ENGINE_SECONDS if cost.hardware.kind == "cpu" else 0.0
 
 
 class WallCost:

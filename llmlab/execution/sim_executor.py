@@ -14,12 +14,13 @@ from llmlab import rng
 from llmlab.clock import Clock
 from llmlab.decoding.speculative import accepted_path
 from llmlab.execution.base import Row, StepBatch, Ticket
-from llmlab.execution.cost import draft_seconds, in_one_batch
+from llmlab.execution.cost import in_one_batch
+from llmlab.execution.draft_price import DraftPrice, draft_seconds
 from llmlab.execution.drafting import Drafter
 from llmlab.execution.opgraph import Copied, Pending, build
 from llmlab.execution.overlap import Overlap
 from llmlab.execution.timelines import Timelines, busy
-from llmlab.seams import CostModel, LayerCost
+from llmlab.seams import LayerCost
 from llmlab.types import Cost, Durations, ItemResult, Move, Request, ResourceSpan, Span, StepResult, WorkItem
 
 
@@ -75,10 +76,10 @@ def _drawn(seed: int, vocab_size: int, request: str, chunk: int, avoided: tuple[
 
 
 class SimDrafting(NamedTuple):
-    """A draft source in the simulator. `cost` prices its own steps; None: they cost nothing."""
+    """A draft source in the simulator. `price` is that of its own steps; None: they cost nothing."""
 
     drafter: Drafter
-    cost: CostModel | None
+    price: DraftPrice | None
 
 
 class SimTicket(NamedTuple):
@@ -173,7 +174,7 @@ class SimExecutor:
         start = self._busy_until if now <= self._busy_until else now + self._wake
         self._pending.prune(start)
         spans, durations = self._place_step(batch, now, start)
-        drafting = draft_seconds(self._drafting.cost, batch.plan.items) if self._drafting is not None else 0.0
+        drafting = draft_seconds(self._drafting.price, batch.plan.items) if self._drafting is not None else 0.0
         if not drafting:
             return spans, durations
         begin = self._busy_until

@@ -21,7 +21,8 @@ from llmlab import tasks
 from llmlab.config import EngineConfig
 from llmlab.decoding.draft_lengths import expected_tokens
 from llmlab.events.metrics import acceptance_by_position
-from llmlab.execution.cost import DraftCost, RooflineCost, draft_outlook
+from llmlab.execution.cost import RooflineCost
+from llmlab.execution.draft_price import ModelPrice, draft_outlook
 from llmlab.kernels.quant_spec import parse_quantization
 from llmlab.llm import LLM
 from llmlab.models.zoo import model_path
@@ -38,7 +39,7 @@ SUITES = ("arith", "chat", "doc")
 PROMPT, OUTPUT = 256, 64  # tokens of the simulated requests
 LENGTHS = (1, 2, 4, 6)
 Device = tuple[str, str | None]  # its name, and the weights that fit into it
-Costs = tuple[RooflineCost, DraftCost]
+Costs = tuple[RooflineCost, ModelPrice]
 DEVICES: tuple[Device, ...] = (("a10", None), ("t4", "int8"))
 HERE: Mapping[str, tuple[int, ...]] = {PAIR[1]: (2, 6), "heads": (1, 2, 4), "ngram": (4,)}  # on this CPU: lengths by source
 Gains = Mapping[tuple[str, int, str], float]  # device or suite, batch, contender
@@ -135,7 +136,7 @@ def _point(source: str, k: int, batch: int, rounds: int) -> Point:
         drafts: Any = drafting.engine.scheduler.policies.drafting
         held = acceptance_by_position(drafting.log)[:k]
         gain = statistics.median(p / d for p, d in zip(*(seconds[1:] for seconds in times), strict=True))
-    predicted = None if source == "heads" else predicted_gain(drafts.outlook, batch, held, k, 32)
+    predicted = None if source == "heads" else predicted_gain(drafts.book.outlook(), batch, held, k, 32)
     return Point(source, batch, k, gain, predicted, _mean(held))
 
 
@@ -200,7 +201,7 @@ def costs_on(device: str, weights: str | None = None) -> Costs:
     """What steps of the two models cost, the large one's first."""
     precision = None if weights is None else parse_quantization(weights).precision(16)
     large, small = (RooflineCost(shapes.get(name), device, 16, precision) for name in LARGE)
-    return large, DraftCost(small)
+    return large, ModelPrice(small)
 
 
 def outlook_on(device: str, weights: str | None = None) -> DraftOutlook:
@@ -312,7 +313,7 @@ def cpu_surface_chart(points: Sequence[Point]) -> Any:
     lengths = sorted({p.k for p in mine})
     with LLM(PAIR[0], speculation=PAIR[1], num_speculative_tokens=max(lengths), num_threads=1) as llm:
         drafts: Any = llm.engine.scheduler.policies.drafting
-        tiles = [_tile(b, a / 10, k, predicted_gain(drafts.outlook, b, a / 10, k, 32)) for k in lengths for b in (1, 2, 4, 8, 16, 32) for a in range(1, 11)]
+        tiles = [_tile(b, a / 10, k, predicted_gain(drafts.book.outlook(), b, a / 10, k, 32)) for k in lengths for b in (1, 2, 4, 8, 16, 32) for a in range(1, 11)]
     return _surface(tiles, [_tile(p.batch, p.acceptance, p.k, p.gain) for p in mine], lengths, "On a CPU drafting pays for few streams",
                     f"{PAIR[0]} with {PAIR[1]}, one thread: tiles by the engine's cost model, rings measured")  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as AbstractSequence
 
-from llmlab.decoding.speculative import accepted_path, depths
+from llmlab.decoding.speculative import accepted_path, tried
 from llmlab.events import catalog as ev
 from llmlab.scheduling.core import FINISHED, Core, InFlight, Update
 from llmlab.scheduling.seamcalls import checked_commit
@@ -30,6 +30,8 @@ class Collecting(Core):
             if update is not None:
                 updates.append(update)
         self.memory.collected(result.step)
+        if self.policies.drafting is not None:
+            self.policies.drafting.book.finished(result.step, result.results, result.durations.parts, tuple(self.running))
         self._close(result, plan, total_tokens([flight.item for flight in flights]))
         return updates
 
@@ -141,12 +143,14 @@ class Collecting(Core):
         """How good the drafts were, and whether their source failed."""
         if item.drafts:
             path = accepted_path(item, accepted)
-            tried, before = min(max(depths(item)), len(path) + 1), seq.acceptance  # drafts behind a wrong one tell nothing
-            share = len(path) / tried
+            outcome, before = tried(item, path), seq.acceptance
+            share = outcome.held / outcome.first_choices
             if before is None:
-                seq.acceptance = (len(path) + FIRST_ACCEPTANCE) / (tried + 1)
+                seq.acceptance = (outcome.held + FIRST_ACCEPTANCE) / (outcome.first_choices + 1)
             else:
-                seq.acceptance = share + ACCEPTANCE_MEMORY**tried * (before - share)
+                seq.acceptance = share + ACCEPTANCE_MEMORY**outcome.first_choices * (before - share)
+            if self.policies.drafting is not None:
+                self.policies.drafting.book.verified(outcome)
             self._journal.verified(item, path, accepted, self._draft_source, plan)
         if result.draft_error is not None:
             self.log.emit(ev.PolicyFailed, seq.id, plan, seam="drafts", policy=self._draft_source, error=result.draft_error,

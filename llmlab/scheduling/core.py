@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from llmlab.decoding.draft_book import DraftBook
 from llmlab.events import catalog as ev
 from llmlab.events.log import EventLog
 from llmlab.events.spans import SpanLog
@@ -20,7 +21,6 @@ from llmlab.seams import (
     Composer,
     CostModel,
     DecodingMethod,
-    DraftOutlook,
     DraftPolicy,
     EngineView,
     Limits,
@@ -51,11 +51,11 @@ class Policies(NamedTuple):
 
 
 class Drafting(NamedTuple):
-    """How many drafts to propose: the policy, and what it is told. `source` is the name of what proposes them; `cost`
+    """How many drafts to propose: the policy, and the book of what it is told. `source` is the name of what proposes them; `cost`
     prices plans together with their drafting."""
 
     seam: Seam[DraftPolicy]
-    outlook: DraftOutlook
+    book: DraftBook
     source: str
     cost: CostModel
 

@@ -114,6 +114,8 @@ class Scheduler(Admitting, Placing, Reserving, Collecting):
                 self.log.step = last_step  # a turn without a trace must not show in the events that follow
             return None
         self._launch(plan, planned)
+        if self.policies.drafting is not None and plan.items:
+            self.policies.drafting.book.planned(plan.step, plan.items, now)
         return plan
 
     def _plan(self, now: float, let_in: bool) -> list[InFlight]:
@@ -165,7 +167,10 @@ class Scheduler(Admitting, Placing, Reserving, Collecting):
             self.hash.touch(seq)
 
     def adopt(self, policies: Policies, now: float) -> None:
-        """Go on under other policies, as a fork does; the queue is sorted anew."""
+        """Go on under other policies, as a fork does; the queue is sorted anew. What is known of a draft source stays known."""
+        before, after = self.policies.drafting, policies.drafting
+        if before is not None and after is not None and before.source == after.source and before.book.like(after.book):
+            policies = policies._replace(drafting=after._replace(book=before.book))
         self.policies = policies
         self._sort_queue(now)
 
@@ -249,9 +254,11 @@ class Scheduler(Admitting, Placing, Reserving, Collecting):
                    and not self.sequences[item.request].request.sampling.deterministic]  # fmt: skip
         if drafting is None or not wanting:
             return items
-        seam, outlook = drafting.seam, drafting.outlook
+        seam, outlook = drafting.seam, drafting.book.outlook()
         answer = seam.ask(lambda p: p.lengths(view, wanting, outlook), lambda a: checked_lengths(a, wanting, outlook.longest))
         self._journal.drafting(seam, wanting, answer)
+        if not any(answer.lengths):
+            return items
         lengths = {item.request: self._room_for(item, k) for item, k in zip(wanting, answer.lengths, strict=True)}
         return [msgspec.structs.replace(item, propose=lengths[item.request]) if lengths.get(item.request) else item
                 for item in items]  # fmt: skip

@@ -84,8 +84,6 @@ def test_a_tree_counts_its_nodes_and_needs_a_source_that_grows_it() -> None:
     assert EngineConfig(num_speculative_tokens=3).num_drafts == 3
     with pytest.raises(ConfigError, match="needs somebody who drafts"):
         EngineConfig(draft_tree="2x2")
-    with pytest.raises(ConfigError, match="weighs chains"):
-        EngineConfig(speculation="suffix", draft_tree="2x2", draft_policy="goodput")
     with pytest.raises(ConfigError, match="one continuation only"):
         DRAFT_SOURCES.resolve("ngram", setup=DraftSetup(9, 1, 1, 0, tree=(2, 2)))
     with pytest.raises(ConfigError, match="no tokens"):

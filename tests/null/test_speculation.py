@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,8 @@ from llmlab.decoding.speculative import accepted_path, depths, paths, within
 from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.events.metrics import acceptance_by_position
-from llmlab.execution.cost import CPU_ENGINE_SECONDS, RooflineCost, draft_outlook
+from llmlab.execution.cost import RooflineCost
+from llmlab.execution.draft_price import CPU_ENGINE_SECONDS, CPU_REQUEST_SECONDS, ModelPrice, draft_outlook
 from llmlab.replaying import replay_decisions
 from llmlab.runs import Run
 from llmlab.scheduling.composers import slimmed
@@ -237,7 +239,7 @@ def items(count: int, at: int = 500) -> list[WorkItem]:
     return [WorkItem(f"r{i}", Span(at, at + 1)) for i in range(count)]
 
 
-FREE = DraftOutlook(6, lambda items, k: 1.0)
+FREE = DraftOutlook(6, lambda items, k: 1.0, expected_per_round)
 
 
 def test_expected_tokens_of_a_round() -> None:
@@ -257,31 +259,63 @@ def test_each_request_drafts_what_it_will_probably_accept() -> None:
 def test_goodput_stops_drafting_where_the_step_is_bound_by_arithmetic() -> None:
     """Eight billion parameters with a draft of one billion on an A10: drafting pays for one stream and not for 256."""
     cost, draft = (RooflineCost(_shape(name), "a10", 16, "fp16") for name in ("llama-3.1-8b", "llama-3.2-1b"))
-    outlook = draft_outlook(cost, draft, 6)
+    outlook = draft_outlook(cost, ModelPrice(draft), 6)
     lengths = {n: ByGoodput().lengths(view([0.8] * n), items(n, at=40), outlook) for n in (1, 8, 256)}
     assert lengths[1].lengths[0] >= 3 and set(lengths[256].lengths) == {0}
     assert set(ByGoodput().lengths(view([0.8] * 256), items(256, at=2000), outlook).lengths) != {0}  # KV is read once for all
     assert len(lengths[1].options) == 7 and "times the tokens a second" in lengths[1].reason
-    poor = ByGoodput().lengths(view([0.02]), items(1), outlook)
+    poor = ByGoodput().lengths(view([0.02]), items(1), msgspec.structs.replace(outlook, idle=1))
     assert poor.lengths == (0,)
     assert ByGoodput().lengths(view([0.99], free=0), items(1), outlook).lengths == (0,)
 
 
+def priced(each: float, **told: Any) -> DraftOutlook:
+    """Drafts that take `each` of a step, every one."""
+    return DraftOutlook(6, lambda items, k: 1.0 + each * k, expected_per_round, **told)
+
+
 def test_goodput_tries_drafts_that_nothing_is_known_of() -> None:
-    """One request, and only where drafts could pay; again every sixteenth token of a request that drafts nothing."""
-    cheap, dear = (DraftOutlook(6, lambda items, k, each=each: 1.0 + each * k) for each in (0.05, 0.95))  # type: ignore[misc]
-    policy = ByGoodput(trial=2)
-    assert policy.lengths(view([None] * 3), items(3), cheap).lengths == (2, 0, 0)
+    """One request, and only where drafts could pay; again when it was long enough without."""
+    cheap, dear = priced(0.05), priced(0.95)
+    policy = ByGoodput()
+    assert policy.lengths(view([None] * 3), items(3), cheap).lengths == (3, 0, 0)
     assert policy.lengths(view([None] * 3), items(3), dear).lengths == (0, 0, 0)
     assert policy.lengths(view([None, 0.9]), items(2), cheap).lengths == (6, 6), "the others' average serves for the new one"
-    tried = [policy.lengths(view([0.0]), items(1, at=at), cheap).lengths[0] for at in range(64, 96)]
-    assert tried.count(2) == 2 and tried.count(0) == 30
-    assert policy.lengths(view([0.0]), items(1, at=63), dear).lengths == (0,)
+    assert policy.lengths(view([None] * 2), items(2), priced(0.05, acceptance=0.9)).lengths == (6, 6), "and the source's own"
+    assert policy.lengths(view([None]), items(1), priced(0.05, idle=0, streak=1)).lengths == (0,), "while a trial is verified"
+    tried = [policy.lengths(view([0.0]), items(1), priced(0.05, idle=idle, patience=32)).lengths[0] for idle in range(1, 40)]
+    assert tried == [0] * 31 + [3] * 8
+
+
+def test_goodput_begins_with_more_to_gain_than_it_needs_to_go_on() -> None:
+    barely = priced(0.55)  # 1.10 times plain decoding at best
+    assert ByGoodput().lengths(view([0.7]), items(1), msgspec.structs.replace(barely, idle=1)).lengths == (0,)
+    assert ByGoodput().lengths(view([0.7]), items(1), msgspec.structs.replace(barely, idle=0, streak=2)).lengths[0] > 0
+
+
+@pytest.mark.parametrize("policy", [ByAcceptance(), ByGoodput()], ids=["ewma", "goodput"])
+def test_who_rests_weighs_only_now_and_then(policy: Any) -> None:
+    """Weighing takes time as well: of 32 plans without drafts some six ask for prices."""
+    asked: list[int] = []
+
+    def seconds(items: Sequence[WorkItem], k: int) -> float:
+        asked.append(k)
+        return 1.0 + k
+
+    for idle in range(32):
+        outlook = DraftOutlook(6, seconds, expected_per_round, 0.2, idle, 0, 64)
+        assert policy.lengths(view([0.2] * 4), items(4), outlook).lengths == (0,) * 4
+    assert 1 < asked.count(0) <= 7
+
+
+def test_drafts_by_acceptance_end_where_they_do_not_pay() -> None:
+    lengths = [ByAcceptance().lengths(view([0.6] * 16), items(16), priced(each, idle=1)).lengths[0] for each in (0.1, 2.0)]
+    assert lengths == [2, 0]
 
 
 def test_on_a_cpu_a_round_also_takes_the_engine_s_own_time() -> None:
     """Which a token that came as a draft does not need; on a GPU it hides behind the step."""
-    for machine, own in (("cpu-2core", CPU_ENGINE_SECONDS), ("a10", 0.0)):
+    for machine, own in (("cpu-2core", CPU_ENGINE_SECONDS + CPU_REQUEST_SECONDS), ("a10", 0.0)):
         cost = RooflineCost(_shape("lab-m"), machine, 16)
         step = cost.step([WorkItem("r0", Span(512, 513))]).seconds
         assert draft_outlook(cost, None, 6).seconds(items(1), 0) == pytest.approx(step + own, rel=1e-12)

@@ -1,0 +1,248 @@
+"""What an engine knows of one draft source (seam E): the prices of its rounds, and what the log has told since.
+
+Prices are computed. A machine takes longer, by its dispatch, its Python, its cold caches; a source may keep silent where it was
+asked; of its drafts a share holds. All of this is learned from what a replay is told as well (when steps were planned, how long
+they took, what they brought) and from nothing else, so that a replay learns the same.
+
+    seconds of a round = price + overrun        the overrun: what steps of this kind took beyond their price, a moving average
+    tokens of a round  = 1 + first * (a + a more a + ...)      first, more: the chance that a source speaks (goes on speaking)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from llmlab.decoding.draft_trees import is_chain
+from llmlab.decoding.speculative import Tried
+from llmlab.seams import DraftOutlook, RoundPrice
+from llmlab.types import ItemResult, Span, WorkItem
+
+SHARE = 0.1  # weight of a new observation, once there are more than its inverse
+HABIT = 0.95  # what each newer draft leaves of an average over drafts
+SIBLING = 0.3  # the chance of a second choice where the first one failed, until some were tried
+GRAIN = 64  # tokens: texts are priced as if their lengths were multiples of it
+FIRST_WAIT, LONGEST_WAIT = 16, 1024  # plans without drafts after which drafts are tried again
+BRIEF = 2  # drafting that ends after so many plans did not pay
+
+
+class Moving:
+    """A moving average: the plain mean of the first values. What deviates by more than `reach` counts as deviating so much."""
+
+    __slots__ = ("count", "value")
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.value, self.count = value, 0
+
+    def add(self, value: float, reach: float) -> None:
+        self.count += 1
+        self.value += max(-reach, min(reach, value - self.value)) * max(SHARE, 1.0 / self.count)
+
+
+class Habit:
+    """The share of yes among answers, an average that forgets."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def add(self, yes: int, asked: int) -> None:
+        if asked:
+            share = yes / asked
+            self.value = share + HABIT**asked * (self.value - share)
+
+
+class Overruns:
+    """Seconds beyond the price, by how many requests take part (as powers of two) and by how many drafts each has. What was
+    never seen is taken from what is nearest."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, int], Moving] = {}
+        self._near: dict[tuple[int, int], Moving | None] = {}
+
+    def add(self, count: int, drafts: int, seconds: float, price: float) -> None:
+        key = (count.bit_length(), drafts)
+        if key not in self._seen:
+            self._seen[key] = Moving()
+            self._near.clear()
+        self._seen[key].add(seconds - price, 4 * price if not self._seen[key].count else price)
+
+    def of(self, count: int, drafts: int) -> float:
+        key = (count.bit_length(), drafts)
+        if key not in self._near:
+            self._near[key] = self._nearest(*key)
+        found = self._near[key]
+        return found.value if found is not None else 0.0
+
+    def _nearest(self, size: int, drafts: int) -> Moving | None:
+        keys = sorted(self._seen, key=lambda k: (abs(k[0] - size), abs(k[1] - drafts), k))
+        return self._seen[keys[0]] if keys else None
+
+
+class Planned(NamedTuple):
+    """A step as far as it can tell of prices: `drafts` of all requests together; `plain`: every row decodes."""
+
+    step: int
+    now: float
+    items: Sequence[WorkItem]
+    plain: bool
+    drafts: int
+    asks: bool
+
+
+class Period(NamedTuple):
+    """What is known of a finished step whose time ends as the next one is planned."""
+
+    began: float
+    rows: int
+    drafts: int
+    length: int
+    drafting: float
+
+
+class DraftBook:
+    """See the module's text. Told of each plan and each result, in their order. Where steps overlap it learns nothing of time."""
+
+    def __init__(self, prices: RoundPrice, longest: int) -> None:
+        self.prices, self.longest = prices, longest
+        self._first, self._more, self._sibling = Habit(1.0), Habit(1.0), Habit(SIBLING)
+        self._held: Habit | None = None
+        self._steps, self._passes = Overruns(), Overruns()
+        self._planned: Planned | None = None
+        self._period: Period | None = None
+        self._read: dict[str, int] = {}
+        self._idle, self._streak, self._patience = FIRST_WAIT, 0, FIRST_WAIT
+
+    def like(self, other: DraftBook) -> bool:
+        """Whether both are about drafts of one form."""
+        return self.longest == other.longest and self.prices.plan(self.longest) == other.prices.plan(self.longest)
+
+    # ----------------------------------------------------------------------------------- what it tells
+    def outlook(self) -> DraftOutlook:
+        held = self._held.value if self._held is not None else None
+        return DraftOutlook(self.longest, self.seconds, self.tokens, held, self._idle, self._streak, self._patience)
+
+    def seconds(self, items: Sequence[WorkItem], k: int) -> float:
+        """Of a round that asks for `k` drafts behind each of `items` and verifies as many as usually come."""
+        count, length = len(items), _length(items)
+        come = round(self._drafted(k))
+        took = self.prices.verifying(count, come, length)
+        took = max(took / 4, took + self._steps.of(count, come))
+        if not k:
+            return took
+        drafting = self.prices.drafting(count, k, length)
+        return took + max(drafting / 4, drafting + self._levels(k) * self._passes.of(count, 0))
+
+    def tokens(self, acceptance: float, k: int) -> float:
+        """Of one verification where `k` drafts were asked for, the bonus token included."""
+        plan = self.prices.plan(k)
+        if not is_chain(plan):
+            return 1.0 + self._first.value * _on_path(plan, acceptance, self._sibling.value)
+        total, chance = 1.0, self._first.value
+        for _ in plan:
+            chance *= acceptance
+            total += chance
+            chance *= self._more.value
+        return total
+
+    def _drafted(self, k: int) -> float:
+        """How many drafts usually come if `k` are asked for."""
+        if not is_chain(self.prices.plan(k)):
+            return k * self._first.value
+        total, chance = 0.0, self._first.value
+        for _ in range(k):
+            total += chance
+            chance *= self._more.value
+        return total
+
+    def _levels(self, k: int) -> int:
+        """Passes of a source that proposes `k` drafts."""
+        depths = {-1: 0}
+        for node, parent in enumerate(self.prices.plan(k)):
+            depths[node] = depths[parent] + 1
+        return max(depths.values())
+
+    # ------------------------------------------------------------------------------ what it is told
+    def planned(self, step: int, items: Sequence[WorkItem], now: float) -> None:
+        """A step that begins."""
+        if self._period is not None:
+            self._learn_period(self._period, now)
+        self._period = None
+        drafts = sum([len(item.drafts) for item in items])
+        new = sum([item.tokens[1] - item.tokens[0] for item in items])
+        asks = any([item.propose for item in items])  # noqa: C419  a list is faster here
+        self._planned = Planned(step, now, items, new - drafts == len(items), drafts, asks)
+        if asks or items[0].emit == "sample":
+            self._turn(asks)
+
+    def finished(self, step: int, results: Sequence[ItemResult], parts: Mapping[str, float], running: Sequence[str]) -> None:
+        """The same step has ended. `running`: who goes on."""
+        planned, self._planned = self._planned, None
+        if planned is None or planned.step != step:
+            return  # steps overlap, or it was planned before this book was begun
+        drafting = parts.get("draft", 0.0)
+        if planned.asks:
+            self._learn_drafting(planned.items, results, drafting, running)
+        count, drafts = len(planned.items), planned.drafts
+        if running and planned.plain and (not drafts or 2 * drafts >= count):
+            self._period = Period(planned.now, count, round(drafts / count), _length(planned.items), drafting)
+
+    def verified(self, tried: Tried) -> None:
+        """What became of one proposal."""
+        if self._held is None and tried.first_choices:
+            self._held = Habit(tried.held / tried.first_choices)
+        elif self._held is not None:
+            self._held.add(tried.held, tried.first_choices)
+        self._sibling.add(tried.siblings_held, tried.siblings)
+
+    def _turn(self, asks: bool) -> None:
+        if asks:
+            self._idle, self._streak = 0, self._streak + 1
+            return
+        if self._streak:
+            self._patience = min(2 * self._patience, LONGEST_WAIT) if self._streak <= BRIEF else FIRST_WAIT
+        self._idle, self._streak = self._idle + 1, 0
+
+    def _learn_period(self, period: Period, now: float) -> None:
+        """From plan to plan: the step, and what the engine did beside it."""
+        price = self.prices.verifying(period.rows, period.drafts, period.length)
+        self._steps.add(period.rows, period.drafts, now - period.began - period.drafting, price)
+
+    def _learn_drafting(self, items: Sequence[WorkItem], results: Sequence[ItemResult], seconds: float, running: Sequence[str]) -> None:
+        asked = [item for item in items if item.propose]
+        longest = max([item.propose for item in asked])
+        spans = [Span(min(self._read.get(item.request, 0), item.tokens[1] - 1), item.tokens[1]) for item in asked]
+        price, levels = self.prices.reading(spans, longest), self._levels(longest)
+        self._passes.add(len(asked), 0, seconds / levels, price / levels)
+        going = set(running)
+        self._read = {name: at for name, at in self._read.items() if name in going}
+        self._read |= {item.request: item.tokens[1] for item in asked if item.request in going}
+        for item, result in zip(items, results):
+            if item.propose and item.request in going and result.draft_error is None:
+                self._learn_silence(item.propose, len(result.drafts))
+
+    def _learn_silence(self, asked: int, came: int) -> None:
+        self._first.add(int(came > 0), 1)
+        if came and is_chain(self.prices.plan(asked)):
+            self._more.add(came - 1, min(came, asked - 1))
+
+
+def _length(items: Sequence[WorkItem]) -> int:
+    """All items taken as equally long, in steps of `GRAIN` tokens: a policy asks for every k in every step."""
+    total, count = sum([item.tokens[1] for item in items]), max(1, len(items))
+    return GRAIN * max(1, -(-total // (GRAIN * count)))
+
+
+def _on_path(plan: Sequence[int], acceptance: float, sibling: float) -> float:
+    """How many nodes of a tree hold, if first choices do with `acceptance`, and the next ones with `sibling` where those before
+    them failed."""
+    chances, total = {-1: 1.0}, 0.0
+    left: dict[int, float] = {}  # by parent: the chance that it holds and no child so far does
+    for node, parent in enumerate(plan):
+        share = sibling if parent in left else acceptance
+        chance = left.get(parent, chances[parent]) * share
+        left[parent] = left.get(parent, chances[parent]) - chance
+        chances[node] = chance
+        total += chance
+    return total
