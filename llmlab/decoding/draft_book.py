@@ -76,7 +76,7 @@ class Overruns:
         return found.value if found is not None else 0.0
 
     def _nearest(self, size: int, drafts: int) -> Moving | None:
-        keys = sorted(self._seen, key=lambda k: (abs(k[0] - size), abs(k[1] - drafts), k))
+        keys = sorted(self._seen, key=lambda k: (abs(k[0] - size), (k[1] > 0) != (drafts > 0), abs(k[1] - drafts), k))
         return self._seen[keys[0]] if keys else None
 
 
