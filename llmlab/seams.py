@@ -465,7 +465,8 @@ class DraftLengths(msgspec.Struct, frozen=True):
 @runtime_checkable
 class DraftPolicy(Protocol):
     """How many tokens to propose behind each of `items`, which sample in this step; they are verified in the next one.
-    One length per item, 0 to `outlook.longest`."""
+    One length per item, 0 to `outlook.longest`. Asked in every step; one with `rests = True` only now and then while nobody drafts
+    (and never while `outlook.idle` is between those: then nobody drafts)."""
 
     def lengths(self, view: EngineView, items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths: ...
 

@@ -5,7 +5,8 @@ asked; of its drafts a share holds. All of this is learned from what a replay is
 they took, what they brought) and from nothing else, so that a replay learns the same.
 
     seconds of a round = price + overrun        the overrun: what steps of this kind took beyond their price, a moving average
-    tokens of a round  = 1 + first * (a + a more a + ...)      first, more: the chance that a source speaks (goes on speaking)
+    tokens of a round  = 1 + first (a + a follows a + ...)     first, follows: the chance that a source speaks, and that it goes on
+                                                               where all it said so far holds
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ SIBLING = 0.3  # the chance of a second choice where the first one failed, until
 GRAIN = 64  # tokens: texts are priced as if their lengths were multiples of it
 FIRST_WAIT, LONGEST_WAIT = 16, 1024  # plans without drafts after which drafts are tried again
 BRIEF = 2  # drafting that ends after so many plans did not pay
+EVERY, CHECKED = 8, 4  # plans without drafts: one in so many is weighed anew, and one in so many is timed
+ROUNDS = 16  # over which a source makes up for the texts that it must read before it drafts
 
 
 class Moving:
@@ -106,12 +109,14 @@ class DraftBook:
 
     def __init__(self, prices: RoundPrice, longest: int) -> None:
         self.prices, self.longest = prices, longest
-        self._first, self._more, self._sibling = Habit(1.0), Habit(1.0), Habit(SIBLING)
+        self._first, self._more, self._follows, self._sibling = Habit(1.0), Habit(1.0), Habit(1.0), Habit(SIBLING)
         self._held: Habit | None = None
         self._steps, self._passes = Overruns(), Overruns()
         self._planned: Planned | None = None
         self._period: Period | None = None
-        self._read: dict[str, int] = {}
+        self._read: dict[str, int] = {}  # by request: tokens that the source has seen
+        self._asked: dict[str, int] = {}  # by request: drafts that were asked for last
+        self._reading: dict[tuple[int, int], float] = {}
         self._idle, self._streak, self._patience = FIRST_WAIT, 0, FIRST_WAIT
 
     def like(self, other: DraftBook) -> bool:
@@ -132,7 +137,17 @@ class DraftBook:
         if not k:
             return took
         drafting = self.prices.drafting(count, k, length)
-        return took + max(drafting / 4, drafting + self._levels(k) * self._passes.of(count, 0))
+        drafting = max(drafting / 4, drafting + self._levels(k) * self._passes.of(count, 0))
+        return took + drafting + (self._catching_up(items, length) if self._idle else 0.0)
+
+    def _catching_up(self, items: Sequence[WorkItem], length: int) -> float:
+        """What drafting would take in addition in each of its first ROUNDS rounds."""
+        unread = sum([item.tokens[1] - self._read.get(item.request, 0) for item in items])
+        span = Span(0, GRAIN * -(-unread // (GRAIN * len(items))))
+        key = (len(items), span[1])
+        if key not in self._reading:
+            self._reading[key] = self.prices.reading([span] * len(items), 1) - self.prices.drafting(len(items), 1, length)
+        return max(0.0, self._reading[key]) / ROUNDS
 
     def tokens(self, acceptance: float, k: int) -> float:
         """Of one verification where `k` drafts were asked for, the bonus token included."""
@@ -143,8 +158,12 @@ class DraftBook:
         for _ in plan:
             chance *= acceptance
             total += chance
-            chance *= self._more.value
+            chance *= self._follows.value
         return total
+
+    def rests(self) -> bool:
+        """Whether nobody drafts now, and it is not time to weigh that anew: weighing costs time as well."""
+        return self._idle > BRIEF and self._idle % EVERY != 0
 
     def _drafted(self, k: int) -> float:
         """How many drafts usually come if `k` are asked for."""
@@ -168,7 +187,10 @@ class DraftBook:
         """A step that begins."""
         if self._period is not None:
             self._learn_period(self._period, now)
-        self._period = None
+        self._period = self._planned = None
+        if self._idle > BRIEF and self._idle % CHECKED and not any([item.propose for item in items]):  # noqa: C419  a list is faster
+            self._idle += items[0].emit == "sample"
+            return
         drafts = sum([len(item.drafts) for item in items])
         new = sum([item.tokens[1] - item.tokens[0] for item in items])
         asks = any([item.propose for item in items])  # noqa: C419  a list is faster here
@@ -188,8 +210,12 @@ class DraftBook:
         if running and planned.plain and (not drafts or 2 * drafts >= count):
             self._period = Period(planned.now, count, round(drafts / count), _length(planned.items), drafting)
 
-    def verified(self, tried: Tried) -> None:
-        """What became of one proposal."""
+    def verified(self, request: str, came: int, tried: Tried) -> None:
+        """What became of one proposal of `came` drafts."""
+        asked = self._asked.pop(request, came)
+        if is_chain(self.prices.plan(asked)) and tried.held:
+            silent = int(tried.held == came < asked)
+            self._follows.add(min(tried.held + 1, asked) - 1 - silent, min(tried.held + 1, asked) - 1)
         if self._held is None and tried.first_choices:
             self._held = Habit(tried.held / tried.first_choices)
         elif self._held is not None:
@@ -217,6 +243,7 @@ class DraftBook:
         self._passes.add(len(asked), 0, seconds / levels, price / levels)
         going = set(running)
         self._read = {name: at for name, at in self._read.items() if name in going}
+        self._asked = {item.request: item.propose for item in asked}
         self._read |= {item.request: item.tokens[1] for item in asked if item.request in going}
         for item, result in zip(items, results):
             if item.propose and item.request in going and result.draft_error is None:

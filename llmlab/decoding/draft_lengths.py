@@ -18,7 +18,6 @@ from llmlab.types import WorkItem
 PRIOR = 0.6  # acceptance of a source that no draft of was verified yet
 HOPE = 0.9  # acceptance at which drafts must pay, or they are not even tried
 TRIAL = 3  # drafts of one request, to learn whether they hold
-EVERY = 8  # plans without drafts between two that are weighed anew
 PATIENCE = 3  # lengths without gain behind the best one, after which no longer ones are priced
 PRESSED = 0.05  # share of free blocks below which nobody drafts
 
@@ -35,11 +34,6 @@ def pressed(view: EngineView) -> bool:
     return view.pool.num_free < max(len(view.running), PRESSED * view.pool.num_blocks)
 
 
-def resting(outlook: DraftOutlook) -> bool:
-    """Whether nobody drafts now, and it is not time to weigh that anew: weighing costs time as well."""
-    return 2 < outlook.idle < outlook.patience and outlook.idle % EVERY != 0
-
-
 class Fixed:
     """As many as the configuration allows, always."""
 
@@ -54,6 +48,7 @@ class ByAcceptance:
     promise less than plain decoding, until it is time to try again."""
 
     name = "ewma"
+    rests = True
 
     def __init__(self, least: float = 0.3) -> None:
         self.least = least  # the chance that a draft must have to be made
@@ -61,8 +56,6 @@ class ByAcceptance:
     def lengths(self, view: EngineView, items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths:
         if pressed(view):
             return none(items, "KV memory is short")
-        if resting(outlook):
-            return none(items, "drafts did not pay")
         known = acceptances(view)
         usual = PRIOR if outlook.acceptance is None else outlook.acceptance
         rates = [known.get(item.request, usual) for item in items]
@@ -70,7 +63,7 @@ class ByAcceptance:
         plain, drafting = outlook.seconds(items, 0) / len(items), self._seconds(items, rates, lengths, outlook)
         if drafting <= plain:
             return DraftLengths(lengths, f"the last draft holds with a chance of {self.least:g} or more")
-        if outlook.idle >= outlook.patience:
+        if due(items, outlook):
             return trial(items, outlook, "to see whether drafts hold")
         return none(items, f"{plain / drafting:.2f} times the tokens a second of plain decoding")
 
@@ -96,6 +89,7 @@ class ByGoodput:
     oldest request tries `TRIAL` drafts, if they would pay at an acceptance of HOPE. A trial that leads to nothing doubles the while."""
 
     name = "goodput"
+    rests = True
 
     def __init__(self, margin: float = 1.15, enough: float = 1.03) -> None:
         self.margin, self.enough = margin, enough
@@ -103,19 +97,19 @@ class ByGoodput:
     def lengths(self, view: EngineView, items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths:
         if pressed(view):
             return none(items, "KV memory is short")
-        if resting(outlook):
-            return none(items, "drafts did not pay")
         rates = acceptances(view)
         usual = sum(rates.values()) / len(rates) if rates else outlook.acceptance
-        answer = none(items, "a trial is being verified")
-        if usual is not None:
-            answer = self._best([rates.get(item.request, usual) for item in items], items, outlook)
-        if answer.lengths[0] or outlook.idle < outlook.patience:
-            return answer
+        if usual is None:
+            return self._hopeful(items, outlook, none(items, "a trial is being verified"))
+        answer = self._best([rates.get(item.request, usual) for item in items], items, outlook)
+        return answer if answer.lengths[0] or not due(items, outlook) else self._hopeful(items, outlook, answer)
+
+    def _hopeful(self, items: Sequence[WorkItem], outlook: DraftOutlook, otherwise: DraftLengths) -> DraftLengths:
+        """A trial, if it is time for one and drafts could pay."""
         hoped = self._best([HOPE] * len(items), items, outlook)
-        if hoped.lengths[0]:
+        if hoped.lengths[0] and due(items, outlook):
             return trial(items, outlook, hoped.reason, hoped.options)
-        return hoped if usual is None else answer
+        return none(items, otherwise.reason if hoped.lengths[0] else hoped.reason, otherwise.options or hoped.options)
 
     def _best(self, known: Sequence[float], items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths:
         """The best length if drafts hold as often as `known` says of each request."""
@@ -140,9 +134,16 @@ class ByGoodput:
         return tuple(options)
 
 
-def none(items: Sequence[WorkItem], reason: str) -> DraftLengths:
+def due(items: Sequence[WorkItem], outlook: DraftOutlook) -> bool:
+    """Whether it is time for a trial. Beside it a draft model reads all prompts that are computed, so it waits for a step without
+    others' prompts, but not forever."""
+    alone = all([item.tokens[1] - item.tokens[0] == 1 + len(item.drafts) for item in items[1:]])  # noqa: C419  a list is faster
+    return outlook.idle >= (1 if alone else 4) * outlook.patience
+
+
+def none(items: Sequence[WorkItem], reason: str, options: tuple[tuple[int, float], ...] = ()) -> DraftLengths:
     """Nobody drafts."""
-    return DraftLengths((0,) * len(items), reason)
+    return DraftLengths((0,) * len(items), reason, options)
 
 
 def trial(items: Sequence[WorkItem], outlook: DraftOutlook, reason: str, options: tuple[tuple[int, float], ...] = ()) -> DraftLengths:

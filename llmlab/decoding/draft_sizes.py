@@ -26,10 +26,11 @@ class LayerSizes(msgspec.Struct, frozen=True, tag="layers", tag_field="kind"):
 
 
 class LookupSizes(msgspec.Struct, frozen=True, tag="lookup", tag_field="kind"):
-    """A table that the host looks into: seconds of a call, and of each request in it."""
+    """A table that the host looks into: seconds of a call, of each request in it, and of each token that is new to the table."""
 
     call: float
     request: float
+    token: float = 0.0
 
 
 DraftSizes = Shape | HeadSizes | LayerSizes | LookupSizes  # Shape: a model of its own, which reads every text

@@ -59,7 +59,7 @@ class NGram:
     """What followed the last `longest` (or fewer) tokens when they stood in the same text before: prompt lookup."""
 
     name = "ngram"
-    sizes = LookupSizes(7e-6, 8e-6)  # 1 to 16 requests on one core of `cpu-2core`
+    sizes = LookupSizes(7e-6, 5e-6, 1e-6)  # 1 to 16 requests on one core of `cpu-2core`
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         if not 1 <= shortest <= longest:
@@ -99,7 +99,7 @@ class Suffix:
     followed most often, and next to most often, at every node of `plan(k)`."""
 
     name = "suffix"
-    sizes = LookupSizes(2e-5, 1.7e-5)  # the same
+    sizes = LookupSizes(2e-5, 6e-6, 2.5e-6)  # the same
 
     def __init__(self, shortest: int = 2, max_states: int = 1 << 18, plan: Callable[[int], tuple[int, ...]] = chain_plan) -> None:
         self._shortest, self._max_states, self._plan = shortest, max_states, plan

@@ -112,8 +112,10 @@ class LookupPrice:
         self._sizes = sizes
 
     def rounds(self, items: Sequence[WorkItem], k: int | None = None) -> list[Cost]:
-        count = sum([bool(item.propose if k is None else k) for item in items])
-        return [Cost(self._sizes.call + count * self._sizes.request, bound="host")] if count else []
+        asking = [item for item in items if (item.propose if k is None else k)]
+        read = sum([item.tokens[1] - item.tokens[0] for item in asking])
+        sizes = self._sizes
+        return [Cost(sizes.call + len(asking) * sizes.request + read * sizes.token, bound="host")] if asking else []
 
 
 def draft_price(cost: CostModel, sizes: DraftSizes | None, branches: tuple[int, ...], block_size: int) -> DraftPrice | None:

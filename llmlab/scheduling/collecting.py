@@ -150,7 +150,7 @@ class Collecting(Core):
             else:
                 seq.acceptance = share + ACCEPTANCE_MEMORY**outcome.first_choices * (before - share)
             if self.policies.drafting is not None:
-                self.policies.drafting.book.verified(outcome)
+                self.policies.drafting.book.verified(seq.id, len(item.drafts), outcome)
             self._journal.verified(item, path, accepted, self._draft_source, plan)
         if result.draft_error is not None:
             self.log.emit(ev.PolicyFailed, seq.id, plan, seam="drafts", policy=self._draft_source, error=result.draft_error,

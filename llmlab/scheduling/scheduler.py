@@ -250,6 +250,8 @@ class Scheduler(Admitting, Placing, Reserving, Collecting):
     def _ask_drafts(self, view: EngineView, items: AbstractSequence[WorkItem]) -> AbstractSequence[WorkItem]:
         """The items, those that sample with the number of drafts to propose behind them."""
         drafting = self.policies.drafting
+        if drafting is not None and getattr(drafting.seam.policy, "rests", False) and drafting.book.rests():
+            return items
         wanting = [item for item in items if item.emit == "sample" and item.home == "device"
                    and not self.sequences[item.request].request.sampling.deterministic]  # fmt: skip
         if drafting is None or not wanting:

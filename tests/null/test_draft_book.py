@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simlab import add_batch, run_to_end, sim_engine
 
-from llmlab.decoding.draft_book import FIRST_WAIT, LONGEST_WAIT, DraftBook
+from llmlab.decoding.draft_book import EVERY, FIRST_WAIT, LONGEST_WAIT, DraftBook
 from llmlab.decoding.draft_lengths import ByGoodput, expected_tokens
 from llmlab.decoding.draft_sizes import DraftSizes, HeadSizes, LayerSizes, LookupSizes, described, sizes_from
 from llmlab.decoding.draft_trees import plan_of, tree_plan
@@ -24,7 +24,7 @@ from llmlab.execution.draft_price import RoundPrices, draft_price, draft_seconds
 from llmlab.forking import fork
 from llmlab.replaying import replay_decisions
 from llmlab.runs import Run
-from llmlab.seams import DraftOutlook, EngineView, Limits, PoolView, RequestView
+from llmlab.seams import DraftLengths, DraftOutlook, EngineView, Limits, PoolView, RequestView
 from llmlab.speculating import Simulated
 from llmlab.types import Cost, ItemResult, Request, SamplingParams, Span, Status, WorkItem
 from roofline import shapes
@@ -87,6 +87,8 @@ def told(found: DraftBook, seconds: Any, steps: int, count: int, k: int, came: i
     for step in range(steps):
         found.planned(step, items(count, propose=k, drafts=came), now)
         now += seconds(step)
+        for name in names if came else ():
+            found.verified(name, came, Tried(came, came))
         found.finished(step, [ItemResult(name, (1,), drafts=(1,) * came) for name in names], {"draft": drafting}, names)
     found.planned(steps, items(count), now)
 
@@ -133,6 +135,22 @@ def test_silence_counts_as_no_token_and_costs_no_verification() -> None:
     brief = book(longest=4)
     told(brief, lambda step: 1e-3, 200, 1, 4, came=1)
     assert brief.tokens(0.8, 4) == pytest.approx(1.8, abs=0.01), "one draft, whatever was asked for"
+    unsure = book(longest=4)
+    for _ in range(200):  # silent behind a draft that fails, never behind one that holds
+        told(unsure, lambda step: 1e-3, 1, 1, 4, came=0)
+        unsure.planned(1, items(1, propose=4), 0.0)
+        unsure.finished(1, [ItemResult("r0", (1,), drafts=(1,) * 4)], {}, ["r0"])
+        unsure.verified("r0", 4, Tried(4, 4))
+    assert unsure._follows.value == 1.0 and 0.4 < unsure._first.value < 0.6
+
+
+def test_a_source_that_must_read_first_has_to_make_up_for_it() -> None:
+    """Eight requests of 400 tokens, which a draft model has never seen, are dearer to begin with than to go on with."""
+    one, many = book(XS), [WorkItem(f"r{i}", Span(399, 400), propose=2) for i in range(8)]
+    before = one.seconds(many, 2)
+    one.planned(0, many, 0.0)
+    assert before > 1.2 * one.seconds(many, 2), "it drafts now: what it has read is paid"
+    assert book(HEADS).seconds(many, 2) < before, "heads read nothing"
 
 
 def test_what_overlaps_or_was_idle_teaches_no_time() -> None:
@@ -212,6 +230,17 @@ def served(**fields: Any) -> Run:
     add_batch(engine, [[3 + i] * (4 + i) for i in range(24)], max_tokens=24)
     run_to_end(engine, 2000)
     return Run(engine.log)
+
+
+def test_who_rests_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weighing takes time as well: it is done at some plans of those without drafts."""
+    asked: list[int] = []
+    monkeypatch.setattr(ByGoodput, "lengths", lambda self, view, items, outlook: asked.append(1) or DraftLengths((0,) * len(items)))
+    run = served(speculation=Simulated((0.1,), "llama-3.2-1b"), **GOODPUT)
+    assert 0 < len(asked) <= 2 + 1 + len(run.steps) // EVERY
+    monkeypatch.setattr(ByGoodput, "rests", False)
+    before, run = len(asked), served(speculation=Simulated((0.1,), "llama-3.2-1b"), **GOODPUT)
+    assert len(asked) - before >= len(run.steps) - 1
 
 
 @pytest.mark.parametrize("fields", [GOODPUT, {**GOODPUT, "draft_tree": "2x2x1"}, {**GOODPUT, "draft_policy": "ewma"}], ids=["chains", "trees", "ewma"])
