@@ -83,7 +83,7 @@ class ByAcceptance:
 class ByGoodput:
     """The one length for all that promises the most tokens a second. Drafting begins where it promises `margin` times plain
     decoding (predictions err, and a draft model must first read the texts), and ends where it promises less than `enough` times. Requests
-    that no draft of was verified yet count as the others do on average.
+    that no draft of was verified yet count as the source's drafts do on average.
 
     Who never drafts never learns that drafts would hold. So while nothing is known, and again after a while without drafts, the
     oldest request tries `TRIAL` drafts, if they would pay at an acceptance of HOPE. A trial that leads to nothing doubles the while."""
@@ -98,7 +98,7 @@ class ByGoodput:
         if pressed(view):
             return none(items, "KV memory is short")
         rates = acceptances(view)
-        usual = sum(rates.values()) / len(rates) if rates else outlook.acceptance
+        usual = sum(rates.values()) / len(rates) if rates and outlook.acceptance is None else outlook.acceptance
         if usual is None:
             return self._hopeful(items, outlook, none(items, "a trial is being verified"))
         answer = self._best([rates.get(item.request, usual) for item in items], items, outlook)
