@@ -11,11 +11,10 @@ from typing import Protocol
 
 from msgspec.structs import replace as replace_struct
 
-from llmlab.decoding.draft_book import DraftBook
 from llmlab.decoding.draft_sizes import DraftSizes, HeadSizes, LayerSizes, LookupSizes
 from llmlab.decoding.draft_trees import fed_by_level, plan_of
 from llmlab.execution.cost import CPU_STEP_SECONDS, RooflineCost
-from llmlab.seams import CostModel, DraftOutlook
+from llmlab.seams import CostModel
 from llmlab.types import Cost, Move, Span, Traffic, WorkItem
 from roofline.cost import CostModel as RooflineModel
 from roofline.precision import Precision
@@ -190,8 +189,3 @@ def _between_steps(cost: CostModel, items: Sequence[WorkItem]) -> float:
     if isinstance(cost.model, ProfileCost):
         return cost.engine_seconds(items) + judged
     return CPU_ENGINE_SECONDS + CPU_REQUEST_SECONDS * len(items) + judged
-
-
-def draft_outlook(cost: CostModel, price: DraftPrice | None, longest: int) -> DraftOutlook:
-    """What a draft policy is told of chains before anything was drafted."""
-    return DraftBook(RoundPrices(cost, price), longest).outlook()

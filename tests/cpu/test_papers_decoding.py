@@ -17,6 +17,7 @@ def test_the_experiment_on_drafts() -> None:
     assert kinds["a10: one stream gains"] == ("simulated", True)
     assert kinds["a10: the length by goodput is never worse than 0.97 of plain"][0] == "simulated"
     assert kinds["this CPU: one stream gains 1.5 times with the better source"][0] == "measured"
+    assert {f"this CPU: at batch 16 the length by {policy} is never worse than 0.97 of plain" for policy in speculation.CHOOSING} <= set(kinds)
     assert kinds["a10: six drafts cross 1.0 where the roofline says"] == ("simulated", True)
     assert [table.note.split(",")[0] for table in report.tables] == ["measured", "simulated", "measured"]
     for draw in report.figures.values():
@@ -25,10 +26,10 @@ def test_the_experiment_on_drafts() -> None:
 
 
 def test_the_roofline_predicts_that_drafts_stop_paying() -> None:
-    outlook = speculation.outlook_on("a10")
-    gains = [speculation.predicted_gain(outlook, batch, 0.8, 4) for batch in (1, 16, 64, 256)]
+    prices = speculation.prices_on("a10")
+    gains = [speculation.predicted_gain(prices, batch, 0.8, 4) for batch in (1, 16, 64, 256)]
     assert gains == sorted(gains, reverse=True) and gains[0] > 1.5 and gains[-1] < 1
-    assert speculation.predicted_gain(outlook, 16, [0.8] * 4, 4) == pytest.approx(gains[1])
+    assert speculation.predicted_gain(prices, 16, [0.8] * 4, 4) == pytest.approx(gains[1])
     assert 16 < speculation.crossing([1, 16, 64, 256], dict(zip((1, 16, 64, 256), gains)).__getitem__) < 256  # type: ignore[operator]
     assert speculation.crossing([1, 16], lambda batch: 2.0) is None
 

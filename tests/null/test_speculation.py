@@ -23,7 +23,7 @@ from llmlab.engine import Engine
 from llmlab.events import catalog as ev
 from llmlab.events.metrics import acceptance_by_position
 from llmlab.execution.cost import RooflineCost
-from llmlab.execution.draft_price import CPU_ENGINE_SECONDS, CPU_REQUEST_SECONDS, ModelPrice, RoundPrices, draft_outlook
+from llmlab.execution.draft_price import CPU_ENGINE_SECONDS, CPU_REQUEST_SECONDS, ModelPrice, RoundPrices
 from llmlab.replaying import replay_decisions
 from llmlab.runs import Run
 from llmlab.scheduling.composers import slimmed
@@ -260,7 +260,7 @@ def test_each_request_drafts_what_it_will_probably_accept() -> None:
 def test_goodput_stops_drafting_where_the_step_is_bound_by_arithmetic() -> None:
     """Eight billion parameters with a draft of one billion on an A10: drafting pays for one stream and not for 256."""
     cost, draft = (RooflineCost(_shape(name), "a10", 16, "fp16") for name in ("llama-3.1-8b", "llama-3.2-1b"))
-    outlook = draft_outlook(cost, ModelPrice(draft), 6)
+    outlook = DraftBook(RoundPrices(cost, ModelPrice(draft)), 6).outlook()
     lengths = {n: ByGoodput().lengths(view([0.8] * n), items(n, at=40), outlook) for n in (1, 8, 256)}
     assert lengths[1].lengths[0] >= 3 and set(lengths[256].lengths) == {0}
     assert set(ByGoodput().lengths(view([0.8] * 256), items(256, at=2000), outlook).lengths) == {0}, "the draft model has to read it all first"
@@ -307,7 +307,7 @@ def test_on_a_cpu_a_round_also_takes_the_engine_s_own_time() -> None:
     for machine, own in (("cpu-2core", CPU_ENGINE_SECONDS + CPU_REQUEST_SECONDS), ("a10", 0.0)):
         cost = RooflineCost(_shape("lab-m"), machine, 16)
         step = cost.step([WorkItem("r0", Span(512, 513))]).seconds
-        assert draft_outlook(cost, None, 6).seconds(items(1), 0) == pytest.approx(step + own, rel=1e-12)
+        assert DraftBook(RoundPrices(cost), 6).seconds(items(1), 0) == pytest.approx(step + own, rel=1e-12)
 
 
 def test_a_request_s_acceptance_counts_drafts_and_not_verifications() -> None:
