@@ -16,21 +16,25 @@ from typing import NamedTuple
 
 import msgspec
 
+from llmlab.decoding.autoregressive import Autoregressive
 from llmlab.seams import RequestView
 from llmlab.types import Commit, ItemResult, Request, Span, WorkItem
 
 
-class Speculative:
+class Speculative(Autoregressive):
     """Verify what was proposed; without proposals, plain decoding."""
 
     name = "speculative"
+    steady = False  # drafts come and go
 
     def work(self, request: RequestView) -> WorkItem | None:
-        room = request.request.max_total_tokens - request.num_tokens
-        if request.num_pending or request.num_new_tokens <= 0 or room <= 0:
+        if request.num_pending:
             return None
         if not request.drafts:
-            return WorkItem(request.id, Span(request.num_computed_tokens, request.num_tokens))
+            return super().work(request)
+        room = request.request.max_total_tokens - request.num_tokens
+        if request.num_new_tokens <= 0 or room <= 0:
+            return None
         span = Span(request.num_computed_tokens, request.num_tokens + len(request.drafts))
         mask = "tree" if request.parents else "causal"
         whole = WorkItem(request.id, span, mask=mask, drafts=request.drafts, parents=request.parents)  # type: ignore[arg-type]
@@ -38,7 +42,7 @@ class Speculative:
 
     def accept(self, request: Request, proposed: Sequence[int], item: WorkItem, result: ItemResult) -> Commit:
         if not item.drafts:
-            return Commit(result.token_ids, None, result.drafts, result.parents)
+            return Commit(result.token_ids, None, result.drafts, result.parents) if result.drafts else Commit(result.token_ids)
         kept = item.tokens[1] - len(item.drafts) + len(accepted_path(item, result.token_ids))
         return Commit(result.token_ids, kept, result.drafts, result.parents)
 

@@ -368,7 +368,7 @@ class TorchExecutor:
     def _emit(self, rows: Sequence[Row], hidden: Tensor, logits: Tensor | None = None) -> tuple[ItemResult, ...]:
         """The results of rows whose last layer is done, and what they were drawn from, if the draft source asks."""
         results = self._sampled(rows, hidden, logits)
-        if self._drafter is not None and self._drafter.reads_hidden and any(row.item.propose for row in rows):
+        if self._drafter is not None and self._drafter.reads_hidden and any([row.item.propose for row in rows]):  # noqa: C419
             self._drawn_from |= drawn_from(rows, results, hidden)
         return results
 
