@@ -20,9 +20,11 @@ from roofline.cost import CostModel as RooflineModel
 from roofline.precision import Precision
 from roofline.profile import ProfileCost
 
-# One pass of a draft model on a CPU whatever it holds: from benchmarks/speculation.py, lab-m with lab-xs, rounds of 3 and of 6
-# drafts, one thread of `cpu-2core`.
+# One pass of a draft model on a CPU whatever it holds, where it is called pass by pass: lab-m with lab-xs, rounds of 3 and of 6
+# drafts, one thread of `cpu-2core`. And what chains that are one compiled call take beside their arithmetic: a round, and each
+# request in it (lab-s and lab-m with lab-xs, 1 to 16 requests, rounds of 2 to 6).
 CPU_DRAFT_SECONDS = 1.2e-4
+CPU_CHAIN_SECONDS, CPU_CHAINED_SECONDS = 1e-4, 1e-5
 # The same for draft heads (lab-s and lab-m, 1 to 16 requests, rounds of 2 and 4), which have no layers to call one by one, and
 # for each request in a pass, whose next token is chosen in Python.
 CPU_HEADS_SECONDS, CPU_CHOICE_SECONDS = 6e-5, 1e-5
@@ -42,25 +44,36 @@ class DraftPrice(Protocol):
 
 
 class ModelPrice:
-    """A model of its own: the passes of an engine, but for the time that a step takes on a CPU. `branches`: the form of its
-    trees, none for chains. In the first pass it also reads what the items compute of their prompts."""
+    """A model of its own: the passes of an engine, but for the time that a step takes on a CPU, where all passes of chains are one
+    call. `branches`: the form of its trees, none for chains. In the first pass it also reads what the items compute of their
+    prompts."""
 
     def __init__(self, cost: RooflineCost, branches: tuple[int, ...] = ()) -> None:
         self._cost, self._branches = cost, branches
-        on_cpu = cost.hardware.kind == "cpu" and not isinstance(cost.model, ProfileCost)
-        self._saved = CPU_STEP_SECONDS - CPU_DRAFT_SECONDS if on_cpu else 0.0
+        self._on_cpu = cost.hardware.kind == "cpu" and not isinstance(cost.model, ProfileCost)
 
     def rounds(self, items: Sequence[WorkItem], k: int | None = None) -> list[Cost]:
         counts = [fed_by_level(plan_of(self._branches, item.propose if k is None else k)) for item in items]
-        return [
-            self.step([self._row(item, fed, level) for item, fed in zip(items, counts) if len(fed) > level])
-            for level in range(max(map(len, counts), default=0))
-        ]
+        passes = [[self._row(item, fed, level) for item, fed in zip(items, counts) if len(fed) > level]
+                  for level in range(max(map(len, counts), default=0))]  # fmt: skip
+        return [self._pass(rows, self._beside(level, len(rows))) for level, rows in enumerate(passes)]
 
     def step(self, items: Sequence[WorkItem]) -> Cost:
-        """One pass."""
+        """One pass by itself."""
+        return self._pass(items, self._beside(0, len(items)))
+
+    def _pass(self, items: Sequence[WorkItem], beside: float) -> Cost:
         cost = self._cost.step(items)
-        return Cost(max(0.0, cost.seconds - self._saved), cost.flops, cost.bytes, cost.joules, cost.bound)
+        alone = cost.seconds - (CPU_STEP_SECONDS if self._on_cpu else 0.0)
+        return Cost(max(0.0, alone) + beside, cost.flops, cost.bytes, cost.joules, cost.bound)
+
+    def _beside(self, level: int, count: int) -> float:
+        """Seconds of a pass beside its arithmetic."""
+        if not self._on_cpu:
+            return 0.0
+        if self._branches:
+            return CPU_DRAFT_SECONDS
+        return 0.0 if level else CPU_CHAIN_SECONDS + CPU_CHAINED_SECONDS * count
 
     def _row(self, item: WorkItem, fed: Sequence[int], level: int) -> WorkItem:
         at = item.tokens[1] + sum(fed[:level])

@@ -54,8 +54,7 @@ def script(oracle: Oracle, acceptance: Sequence[float]) -> Script:
 def drafting(oracle: Oracle, source: str, **fields: Any) -> dict[str, Any]:
     """The settings under which `source` drafts: `suffix 2x2` is a tree."""
     name, _, tree = source.partition(" ")
-    weighed = {"draft_policy": "ewma"} if tree and fields.get("draft_policy") == "goodput" else {}
-    return fields | weighed | {"speculation": sources(oracle)[name], "draft_tree": tree or None}
+    return fields | {"speculation": sources(oracle)[name], "draft_tree": tree or None}
 
 
 def sources(oracle: Oracle) -> dict[str, Any]:
