@@ -97,8 +97,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_batched_tokens", "max_num_seqs", "log_capacity", "view_cap",
-                     "num_speculative_tokens", "fixed_rows", "tensor_parallel_size"):  # fmt: skip
+                     "fixed_rows", "tensor_parallel_size"):  # fmt: skip
             self._at_least(name, 1)
+        self._at_least("num_speculative_tokens", 1, "To draft nothing, leave speculation out.")
         for name in ("overlap_depth", "check_interval", "num_alternatives"):
             self._at_least(name, 0)
         for name, low in (("num_blocks", 1), ("num_host_blocks", 0), ("max_model_len", 1), ("num_threads", 1),
@@ -145,10 +146,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Drafts of a request at most."""
         return self.num_speculative_tokens if self.draft_tree is None else num_nodes(self.branches)
 
-    def _at_least(self, name: str, low: int) -> None:
+    def _at_least(self, name: str, low: int, way_out: str = "") -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ConfigError(name, value, f"must be an integer of at least {low}")
+            raise ConfigError(name, value, f"must be an integer of at least {low}", way_out)
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -85,7 +85,10 @@ def checked_proposal(proposal: Proposal, k: int, vocab_size: int) -> Proposal:
     """The proposal as plain integers. Raises PolicyError."""
     if not isinstance(proposal, Proposal):
         raise PolicyError("propose", proposal, "is not a Proposal", "Return Proposal(token_ids).")
-    tokens, parents = tuple(int(t) for t in proposal.token_ids), tuple(int(p) for p in proposal.parents)
+    try:
+        tokens, parents = tuple(int(t) for t in proposal.token_ids), tuple(int(p) for p in proposal.parents)
+    except (TypeError, ValueError):
+        raise PolicyError("propose", proposal, "must hold integers: token ids, and the index of each draft's parent") from None
     if len(tokens) > k:
         raise PolicyError("propose", len(tokens), f"drafts are more than the {k} that were asked for")
     for token in tokens:

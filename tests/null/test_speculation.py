@@ -24,12 +24,13 @@ from llmlab.events import catalog as ev
 from llmlab.events.metrics import acceptance_by_position
 from llmlab.execution.cost import RooflineCost
 from llmlab.execution.draft_price import CPU_ENGINE_SECONDS, CPU_REQUEST_SECONDS, ModelPrice, RoundPrices
+from llmlab.execution.drafting import checked_proposal
 from llmlab.replaying import replay_decisions
 from llmlab.runs import Run
 from llmlab.scheduling.composers import slimmed
 from llmlab.seams import DraftContext, DraftLengths, DraftOutlook, EngineView, Limits, PoolView, Proposal, RequestView
 from llmlab.speculating import Simulated
-from llmlab.types import ConfigError, Cost, Request, SamplingParams, Span, Status, WorkItem
+from llmlab.types import ConfigError, Cost, PolicyError, Request, SamplingParams, Span, Status, WorkItem
 
 PROMPTS = [[7 * i + j for j in range(3 + 2 * i)] for i in range(5)]
 
@@ -338,6 +339,14 @@ def test_every_length_is_a_decision_with_its_alternatives() -> None:
     assert all(a.option.startswith("k=") and isinstance(a.score, float) for e in decisions for a in e.alternatives)
     fixed = served(speculation=Simulated((0.9,)))
     assert len([e for e in fixed.log.filter(ev.Decision) if e.seam == "draft_policy"]) == 1  # it never changes its mind
+
+
+@pytest.mark.parametrize(("proposal", "problem"), [
+    (Proposal(("a",)), "must hold integers"), (Proposal((1, 2), ("x", 0)), "must hold integers"), (Proposal((-1,)), "outside the vocabulary"),  # type: ignore[arg-type]
+    (Proposal((1,) * 5), "more than the 4"), ([1, 2], "not a Proposal")])  # fmt: skip
+def test_proposals_that_make_no_sense_are_named(proposal: Any, problem: str) -> None:
+    with pytest.raises(PolicyError, match=problem):
+        checked_proposal(proposal, 4, 9)
 
 
 class Silly:
