@@ -20,25 +20,56 @@ def _():
 @app.cell(hide_code=True)
 def _():
     def knobs(name, machine, batch):
-        return mo.ui.dictionary({
-            "model": mo.ui.dropdown(list(roof.MODELS), value="llama-3.1-8b", label=f"{name} model"),
-            "machine": mo.ui.dropdown(list(roof.MACHINES), value=machine, label=f"{name} machine"),
-            "width": mo.ui.dropdown(list(roof.WIDTHS), value="fp16", label=f"{name} numbers"),
-            "batch": mo.ui.slider(steps=[1, 2, 4, 8, 16, 32, 64, 128, 256], value=batch, label=f"{name} batch", show_value=True),
-            "context": mo.ui.slider(steps=[128, 256, 512, 1024, 2048, 4096, 8192, 32768], value=1024, label=f"{name} context",
-                                    show_value=True),
-            "prefill": mo.ui.switch(label=f"{name} computes prompts"),
-        })  # fmt: skip
+        return (
+            mo.ui.dropdown(list(roof.MODELS), value="llama-3.1-8b", label=f"{name} model"),
+            mo.ui.dropdown(list(roof.MACHINES), value=machine, label=f"{name} machine"),
+            mo.ui.dropdown(list(roof.WIDTHS), value="fp16", label=f"{name} numbers"),
+            mo.ui.slider(steps=[1, 2, 4, 8, 16, 32, 64, 128, 256], value=batch, label=f"{name} batch", show_value=True),
+            mo.ui.slider(steps=[128, 256, 512, 1024, 2048, 4096, 8192, 32768], value=1024, label=f"{name} context", show_value=True),
+            mo.ui.switch(label=f"{name} computes prompts"),
+        )
 
-    a, b = knobs("A", "a100", 8), knobs("B", "h100", 8)
-    mo.vstack([mo.hstack(list(one.elements.values()), justify="start", gap=1, wrap=True, align="center") for one in (a, b)], gap=1.2)
-    return a, b
+    # each a name of its own: of the elements of one mo.ui.dictionary, only the last that moves while the kernel is busy arrives
+    a_model, a_machine, a_width, a_batch, a_context, a_prefill = _a = knobs("A", "a100", 8)
+    b_model, b_machine, b_width, b_batch, b_context, b_prefill = _b = knobs("B", "h100", 8)
+    mo.vstack([mo.hstack(one, justify="start", gap=1, wrap=True, align="center") for one in (_a, _b)], gap=1.2)
+    return (
+        a_batch,
+        a_context,
+        a_machine,
+        a_model,
+        a_prefill,
+        a_width,
+        b_batch,
+        b_context,
+        b_machine,
+        b_model,
+        b_prefill,
+        b_width,
+    )
 
 
 @app.cell(hide_code=True)
-def _(a, b):
+def _(
+    a_batch,
+    a_context,
+    a_machine,
+    a_model,
+    a_prefill,
+    a_width,
+    b_batch,
+    b_context,
+    b_machine,
+    b_model,
+    b_prefill,
+    b_width,
+):
+    _setups = {
+        "A": roof.SetUp(a_model.value, a_machine.value, a_width.value, a_batch.value, a_context.value, a_prefill.value),
+        "B": roof.SetUp(b_model.value, b_machine.value, b_width.value, b_batch.value, b_context.value, b_prefill.value),
+    }
     try:
-        both = [roof.priced(name, roof.SetUp(**one.value)) for name, one in (("A", a), ("B", b))]
+        both = [roof.priced(name, setup) for name, setup in _setups.items()]
     except RooflineError as error:
         both = []
         said = str(error)

@@ -8,7 +8,7 @@ with app.setup:
 
     import marimo as mo
 
-    from llmlab.applab import pages, traces, words
+    from llmlab.applab import album, pages, pictures, traces, words
     from llmlab.ui.widget import Timeline
 
 
@@ -77,6 +77,26 @@ def _(policy, seam, step):
 def _(fork, policy, run, seam, step):
     mo.stop(not fork.value, mo.md("A fork replays the recorded history up to that step and simulates what follows."))
     words.forked(run, step, seam.value, policy.value, pages.sheet())
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    picture = mo.ui.dropdown(list(album.pictures()), value="time to first token", label="another picture of this run")
+    return (picture,)
+
+
+@app.cell(hide_code=True)
+def _(picture):
+    limit = mo.ui.slider(steps=album.LIMITS, value=200, label="limit, ms", show_value=True, debounce=True)
+    mo.hstack([picture, limit] if album.has_limit(picture.value) else [picture], justify="start", gap=1.2)
+    return (limit,)
+
+
+@app.cell(hide_code=True)
+def _(limit, picture, run, step):
+    _look = album.Look(step, limit.value / 1e3)
+    pictures.drawn(pages.sheet(), lambda: album.pictures()[picture.value](run, _look))
     return
 
 

@@ -28,7 +28,7 @@ def _settled(page: Page) -> None:
     for _ in range(20 if page.page.locator(".llt[data-mode=live]").count() else 120):
         page.page.wait_for_timeout(250)
         now = re.sub(r"[\d.,]+", "", page.text("body"))
-        busy = page.page.locator("[role=progressbar], .running-app-banner").count()
+        busy = page.page.locator("[role=progressbar], [data-testid=loading-indicator], .marimo-output-stale, .output-area-stale").count()
         same = same + 1 if now == said and not busy else 0
         said = now
         if same >= 6:
@@ -114,7 +114,11 @@ TURNED: dict[str, dict[str, Callable[[Page], None]]] = {
     "chunked_prefill": {"cut": lambda page: page.slide("token budget of a step", "ArrowLeft", 4)},
     "engine_room": {"crowded": _crowded},
     "policy_lab": {"turned": _head_to_head, "error": lambda page: _write(page, "class Broken:\n    def key(self, request now):\n        return 1\n")},
-    "time_machine": {"forked": _forked},
+    "time_machine": {
+        "inspector": lambda page: page.choose("another picture of this run", "everything in a window of time"),
+        "card": lambda page: page.choose("another picture of this run", "the decision of this step"),
+        "forked": _forked,
+    },
     "roofline_explorer": {"turned": _roof_turned},
     "kv_lab": {"turned": _kv_turned},
     "speculation": {"turned": _spec_turned},

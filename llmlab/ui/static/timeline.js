@@ -68,8 +68,8 @@ const CSS = `
 const LEFT = 46, RIGHT = 10, AXIS = 20;
 const SLOTS = [6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 100, 128, 160, 200, 260, 340, 440, 580, 760, 1000];
 const SECONDS_ON_SCREEN = 30; // a whole run at speed 1
-const LIVE_MS = 80; // between two pictures of a live run, however often its data come
-const WORDS_MS = 250; // between two texts while pictures move: nobody reads faster, and a new word makes the page lay itself out
+const LIVE_MS = 110; // between two pictures of a live run, however often its data come
+const WORDS_MS = 330; // between two texts (and walls) while pictures move: nobody reads faster, and a new word makes the page lay itself out
 const SHARE = 30; // a picture of a live run may take one part in so many of the time: a slow machine draws fewer
 const SLOW_MS = 500; // between two pictures of what changes slowly while a live run is followed
 const [QUEUED, PREFILL, DECODE, PREEMPTED, SWAPPED, RECOMPUTE, HELD] = [0, 1, 2, 3, 4, 5, 6];
@@ -324,13 +324,13 @@ class View {
 
   close() { this.alive = false; for (const act of this.cleanups) act(); }
 
-  redraw() { this.dirty = true; this.schedule(); }
+  redraw(pause = 0) { this.dirty = true; this.schedule(pause); }
 
-  // One frame for all that changed until then; none while nothing does.
-  schedule() {
+  // One frame for all that changed until then, `pause` ms after the last one; none while nothing does.
+  schedule(pause = 0) {
     if (this.coming || !this.alive) return;
     this.coming = true;
-    const pause = clamp(SHARE * this.took, LIVE_MS, 250), wait = this.isLive && this.follow ? pause - (performance.now() - this.drawnAt) : 0;
+    const wait = pause && pause - (performance.now() - this.drawnAt);
     const ask = () => requestAnimationFrame(now => { this.coming = false; if (this.alive) this.frame(now); });
     if (wait > 1) setTimeout(ask, wait); else ask();
   }
@@ -356,7 +356,7 @@ class View {
       if (fresh || message.batch.whole) this.redress();
       if (this.follow && this.book.length) this.row = this.book.length - 1;
       else if (this.shown != null) this.row = this.book.rowOf(this.shown);
-      this.redraw();
+      this.redraw(this.isLive ? clamp(SHARE * this.took, LIVE_MS, 250) : 0);
     } else if (message.type === "why") {
       this.whys.set(message.request, message);
       if (this.model.get("selected") === message.request) this.showWhy();
@@ -619,7 +619,7 @@ class View {
     const b = this.book, s = b.steps, row = this.row;
     this.drawn = this.window;
     this.wordy = !this.playing || this.drawnAt - this.wordsAt >= WORDS_MS;
-    this.drawLines(); this.drawStrip(); this.drawWall(); // all canvases before the first new word: text on a canvas asks for the page's style
+    this.drawLines(); this.drawStrip(); if (this.wordy || !this.isLive) this.drawWall(); // all canvases before the first new word: text on a canvas asks for the page's style
     this.root.dataset.step = s.step[row] ?? -1; this.root.dataset.batch = b.number; this.root.dataset.drawn = "yes";
     if (this.wordy) this.drawWords();
     else this.later ??= setTimeout(() => { this.later = null; this.redraw(); }, WORDS_MS);
@@ -941,11 +941,9 @@ class View {
     }
     g.globalAlpha = 1;
     const service = this.pool(b.steps.start[this.row]);
-    this.note(this.wallNote, `${b.steps.used[this.row]} of ${service} in use` + (service < total ? `, ${total - service} out of service` : ""));
-    if (this.wordy) {
-      this.wallNote.style.color = b.steps.used[this.row] > 0.95 * service ? "var(--hot)" : "";
-      this.wall.ariaLabel = `KV blocks: ${this.wallNote.textContent}`;
-    }
+    say(this.wallNote, `${b.steps.used[this.row]} of ${service} in use` + (service < total ? `, ${total - service} out of service` : ""));
+    this.wallNote.style.color = b.steps.used[this.row] > 0.95 * service ? "var(--hot)" : "";
+    this.wall.ariaLabel = `KV blocks: ${this.wallNote.textContent}`;
     const keyed = m.wall + group + this.theme;
     if (keyed === this.wallKey) return;
     this.wallKey = keyed;
