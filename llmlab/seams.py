@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
-from llmlab.types import Commit, Cost, FinishReason, Home, ItemResult, Move, Request, Span, Status, WorkItem
+from llmlab.types import Commit, Cost, FinishReason, Home, ItemResult, Move, Request, Status, WorkItem
 
 Key = float | int | tuple[Any, ...]
 
@@ -432,8 +432,8 @@ class RoundPrice(Protocol):
         """Proposing `k` drafts behind each request, of which the source has read all but the newest token."""
         ...
 
-    def reading(self, spans: Sequence[Span], k: int) -> float:
-        """Proposing `k` drafts behind each span of tokens, which the source has not read yet."""
+    def reading(self, count: int, unread: int, k: int) -> float:
+        """The same where the last `unread` tokens of each text were never read."""
         ...
 
 

@@ -4,42 +4,45 @@ Prices are computed. A machine takes longer, by its dispatch, its Python, its co
 asked; of its drafts a share holds. All of this is learned from what a replay is told as well (when steps were planned, how long
 they took, what they brought) and from nothing else, so that a replay learns the same.
 
-    seconds of a round = price + overrun        the overrun: what steps of this kind took beyond their price, a moving average
+    seconds of a round = price + overrun        the overrun: what steps of this kind took beyond their price, the median of late
     tokens of a round  = 1 + first (a + a follows a + ...)     first, follows: the chance that a source speaks, and that it goes on
                                                                where all it said so far holds
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from llmlab.decoding.draft_trees import is_chain
 from llmlab.decoding.speculative import Tried
 from llmlab.seams import DraftOutlook, RoundPrice
-from llmlab.types import ItemResult, Span, WorkItem
+from llmlab.types import ItemResult, WorkItem
 
-SHARE = 0.1  # weight of a new observation, once there are more than its inverse
+LAST = 9  # observations of a kind of step that count
 HABIT = 0.95  # what each newer draft leaves of an average over drafts
 SIBLING = 0.3  # the chance of a second choice where the first one failed, until some were tried
 GRAIN = 64  # tokens: texts are priced as if their lengths were multiples of it
 FIRST_WAIT, LONGEST_WAIT = 16, 1024  # plans without drafts after which drafts are tried again
 BRIEF = 2  # drafting that ends after so many plans did not pay
-EVERY, CHECKED = 8, 4  # plans without drafts: one in so many is weighed anew, and one in so many is timed
+EVERY, CHECKED = 8, 4  # plans: of those without drafts one in so many is weighed anew; where nothing changes one in so many is timed
+SETTLED = 8  # plans with drafts in a row after which nothing changes much
 ROUNDS = 16  # over which a source makes up for the texts that it must read before it drafts
 
 
-class Moving:
-    """A moving average: the plain mean of the first values. What deviates by more than `reach` counts as deviating so much."""
+class Recent:
+    """The median of the last values, of an even number the lower one: neither a first call, which compiles and finds the caches
+    cold, nor a step that was held up shows in it."""
 
-    __slots__ = ("count", "value")
+    __slots__ = ("_last", "value")
 
-    def __init__(self, value: float = 0.0) -> None:
-        self.value, self.count = value, 0
+    def __init__(self) -> None:
+        self.value, self._last = 0.0, deque[float](maxlen=LAST)
 
-    def add(self, value: float, reach: float) -> None:
-        self.count += 1
-        self.value += max(-reach, min(reach, value - self.value)) * max(SHARE, 1.0 / self.count)
+    def add(self, value: float) -> None:
+        self._last.append(value)
+        self.value = sorted(self._last)[(len(self._last) - 1) // 2]
 
 
 class Habit:
@@ -61,15 +64,16 @@ class Overruns:
     never seen is taken from what is nearest."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[int, int], Moving] = {}
-        self._near: dict[tuple[int, int], Moving | None] = {}
+        self._seen: dict[tuple[int, int], Recent] = {}
+        self._near: dict[tuple[int, int], Recent | None] = {}
 
     def add(self, count: int, drafts: int, seconds: float, price: float) -> None:
         key = (count.bit_length(), drafts)
         if key not in self._seen:
-            self._seen[key] = Moving()
+            self._seen[key] = Recent()
             self._near.clear()
-        self._seen[key].add(seconds - price, 4 * price if not self._seen[key].count else price)
+            seconds = min(seconds, 2 * price)  # alone it proves little: it may have been the first call of all
+        self._seen[key].add(seconds - price)
 
     def of(self, count: int, drafts: int) -> float:
         key = (count.bit_length(), drafts)
@@ -78,7 +82,7 @@ class Overruns:
         found = self._near[key]
         return found.value if found is not None else 0.0
 
-    def _nearest(self, size: int, drafts: int) -> Moving | None:
+    def _nearest(self, size: int, drafts: int) -> Recent | None:
         keys = sorted(self._seen, key=lambda k: (abs(k[0] - size), (k[1] > 0) != (drafts > 0), abs(k[1] - drafts), k))
         return self._seen[keys[0]] if keys else None
 
@@ -109,6 +113,7 @@ class DraftBook:
 
     def __init__(self, prices: RoundPrice, longest: int) -> None:
         self.prices, self.longest = prices, longest
+        self._tree = not is_chain(prices.plan(longest))
         self._first, self._more, self._follows, self._sibling = Habit(1.0), Habit(1.0), Habit(1.0), Habit(SIBLING)
         self._held: Habit | None = None
         self._steps, self._passes = Overruns(), Overruns()
@@ -116,7 +121,7 @@ class DraftBook:
         self._period: Period | None = None
         self._read: dict[str, int] = {}  # by request: tokens that the source has seen
         self._asked: dict[str, int] = {}  # by request: drafts that were asked for last
-        self._reading: dict[tuple[int, int], float] = {}
+        self._weighed: tuple[Sequence[WorkItem], int] = (), 0  # the items that a policy asks about, and their length
         self._idle, self._streak, self._patience = FIRST_WAIT, 0, FIRST_WAIT
 
     def like(self, other: DraftBook) -> bool:
@@ -130,8 +135,10 @@ class DraftBook:
 
     def seconds(self, items: Sequence[WorkItem], k: int) -> float:
         """Of a round that asks for `k` drafts behind each of `items` and verifies as many as usually come."""
-        count, length = len(items), _length(items)
-        come = round(self._drafted(k))
+        if items is not self._weighed[0]:
+            self._weighed = items, _length(items)
+        count, length = len(items), self._weighed[1]
+        come = round(self._drafted(k)) if k else 0
         took = self.prices.verifying(count, come, length)
         took = max(took / 4, took + self._steps.of(count, come))
         if not k:
@@ -142,20 +149,25 @@ class DraftBook:
 
     def _catching_up(self, items: Sequence[WorkItem], length: int) -> float:
         """What drafting would take in addition in each of its first ROUNDS rounds."""
-        unread = sum([item.tokens[1] - self._read.get(item.request, 0) for item in items])
-        span = Span(0, GRAIN * -(-unread // (GRAIN * len(items))))
-        key = (len(items), span[1])
-        if key not in self._reading:
-            self._reading[key] = self.prices.reading([span] * len(items), 1) - self.prices.drafting(len(items), 1, length)
-        return max(0.0, self._reading[key]) / ROUNDS
+        count, unread = len(items), self._unread(items)
+        return max(0.0, self._reading(count, unread, 1, length) - self.prices.drafting(count, 1, length)) / ROUNDS
+
+    def _unread(self, items: Sequence[WorkItem]) -> int:
+        """Tokens of each text that the source has not seen, taken as equally many."""
+        return sum([item.tokens[1] - self._read.get(item.request, 0) for item in items]) // len(items)
+
+    def _reading(self, count: int, unread: int, k: int, length: int) -> float:
+        """The price of a round of which so many tokens must be read first."""
+        if unread <= GRAIN:
+            return self.prices.drafting(count, k, length)
+        return self.prices.reading(count, GRAIN * (-(-unread // GRAIN)), k)
 
     def tokens(self, acceptance: float, k: int) -> float:
         """Of one verification where `k` drafts were asked for, the bonus token included."""
-        plan = self.prices.plan(k)
-        if not is_chain(plan):
-            return 1.0 + self._first.value * _on_path(plan, acceptance, self._sibling.value)
+        if self._tree:
+            return 1.0 + self._first.value * _on_path(self.prices.plan(k), acceptance, self._sibling.value)
         total, chance = 1.0, self._first.value
-        for _ in plan:
+        for _ in range(k):
             chance *= acceptance
             total += chance
             chance *= self._follows.value
@@ -167,7 +179,7 @@ class DraftBook:
 
     def _drafted(self, k: int) -> float:
         """How many drafts usually come if `k` are asked for."""
-        if not is_chain(self.prices.plan(k)):
+        if self._tree:
             return k * self._first.value
         total, chance = 0.0, self._first.value
         for _ in range(k):
@@ -177,6 +189,8 @@ class DraftBook:
 
     def _levels(self, k: int) -> int:
         """Passes of a source that proposes `k` drafts."""
+        if not self._tree:
+            return k
         depths = {-1: 0}
         for node, parent in enumerate(self.prices.plan(k)):
             depths[node] = depths[parent] + 1
@@ -188,15 +202,14 @@ class DraftBook:
         if self._period is not None:
             self._learn_period(self._period, now)
         self._period = self._planned = None
-        if self._idle > BRIEF and self._idle % CHECKED and not any([item.propose for item in items]):  # noqa: C419  a list is faster
-            self._idle += items[0].emit == "sample"
+        asks = any([item.propose for item in items])  # noqa: C419  a list is faster here
+        if asks or items[0].emit == "sample":
+            self._turn(asks)
+        if (self._idle > BRIEF and self._idle % CHECKED) or (self._streak > SETTLED and self._streak % CHECKED):
             return
         drafts = sum([len(item.drafts) for item in items])
         new = sum([item.tokens[1] - item.tokens[0] for item in items])
-        asks = any([item.propose for item in items])  # noqa: C419  a list is faster here
         self._planned = Planned(step, now, items, new - drafts == len(items), drafts, asks)
-        if asks or items[0].emit == "sample":
-            self._turn(asks)
 
     def finished(self, step: int, results: Sequence[ItemResult], parts: Mapping[str, float], running: Sequence[str]) -> None:
         """The same step has ended. `running`: who goes on."""
@@ -212,8 +225,10 @@ class DraftBook:
 
     def verified(self, request: str, came: int, tried: Tried) -> None:
         """What became of one proposal of `came` drafts."""
-        asked = self._asked.pop(request, came)
-        if is_chain(self.prices.plan(asked)) and tried.held:
+        asked = self._asked.pop(request, 0)
+        if not asked:
+            return  # of a round that is not looked at
+        if not self._tree and tried.held:
             silent = int(tried.held == came < asked)
             self._follows.add(min(tried.held + 1, asked) - 1 - silent, min(tried.held + 1, asked) - 1)
         if self._held is None and tried.first_choices:
@@ -238,8 +253,7 @@ class DraftBook:
     def _learn_drafting(self, items: Sequence[WorkItem], results: Sequence[ItemResult], seconds: float, running: Sequence[str]) -> None:
         asked = [item for item in items if item.propose]
         longest = max([item.propose for item in asked])
-        spans = [Span(min(self._read.get(item.request, 0), item.tokens[1] - 1), item.tokens[1]) for item in asked]
-        price, levels = self.prices.reading(spans, longest), self._levels(longest)
+        price, levels = self._reading(len(asked), self._unread(asked), longest, _length(asked)), self._levels(longest)
         self._passes.add(len(asked), 0, seconds / levels, price / levels)
         going = set(running)
         self._read = {name: at for name, at in self._read.items() if name in going}
@@ -251,7 +265,7 @@ class DraftBook:
 
     def _learn_silence(self, asked: int, came: int) -> None:
         self._first.add(int(came > 0), 1)
-        if came and is_chain(self.prices.plan(asked)):
+        if came and not self._tree:
             self._more.add(came - 1, min(came, asked - 1))
 
 

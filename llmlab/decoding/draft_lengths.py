@@ -17,6 +17,7 @@ from llmlab.types import WorkItem
 
 PRIOR = 0.6  # acceptance of a source that no draft of was verified yet
 HOPE = 0.9  # acceptance at which drafts must pay, or they are not even tried
+LONG = 4  # times its patience: then a trial needs neither hope (what is known of seconds may be wrong) nor a step of its own
 TRIAL = 3  # drafts of one request, to learn whether they hold
 PATIENCE = 3  # lengths without gain behind the best one, after which no longer ones are priced
 PRESSED = 0.05  # share of free blocks below which nobody drafts
@@ -82,11 +83,12 @@ class ByAcceptance:
 
 class ByGoodput:
     """The one length for all that promises the most tokens a second. Drafting begins where it promises `margin` times plain
-    decoding (predictions err, and a draft model must first read the texts), and ends where it promises less than `enough` times. Requests
-    that no draft of was verified yet count as the source's drafts do on average.
+    decoding (predictions err), and ends where it promises less than `enough` times. Requests that no draft of was verified yet
+    count as the source's drafts do on average.
 
     Who never drafts never learns that drafts would hold. So while nothing is known, and again after a while without drafts, the
-    oldest request tries `TRIAL` drafts, if they would pay at an acceptance of HOPE. A trial that leads to nothing doubles the while."""
+    oldest request tries `TRIAL` drafts, if they would pay at an acceptance of HOPE or it was a long while. A trial that leads to
+    nothing doubles the while."""
 
     name = "goodput"
     rests = True
@@ -107,7 +109,7 @@ class ByGoodput:
     def _hopeful(self, items: Sequence[WorkItem], outlook: DraftOutlook, otherwise: DraftLengths) -> DraftLengths:
         """A trial, if it is time for one and drafts could pay."""
         hoped = self._best([HOPE] * len(items), items, outlook)
-        if hoped.lengths[0] and due(items, outlook):
+        if (hoped.lengths[0] and due(items, outlook)) or outlook.idle >= LONG * outlook.patience:
             return trial(items, outlook, hoped.reason, hoped.options)
         return none(items, otherwise.reason if hoped.lengths[0] else hoped.reason, otherwise.options or hoped.options)
 
@@ -138,7 +140,7 @@ def due(items: Sequence[WorkItem], outlook: DraftOutlook) -> bool:
     """Whether it is time for a trial. Beside it a draft model reads all prompts that are computed, so it waits for a step without
     others' prompts, but not forever."""
     alone = all([item.tokens[1] - item.tokens[0] == 1 + len(item.drafts) for item in items[1:]])  # noqa: C419  a list is faster
-    return outlook.idle >= (1 if alone else 4) * outlook.patience
+    return outlook.idle >= (1 if alone else LONG) * outlook.patience
 
 
 def none(items: Sequence[WorkItem], reason: str, options: tuple[tuple[int, float], ...] = ()) -> DraftLengths:

@@ -173,6 +173,7 @@ class RoundPrices:
         self._cost, self._price, self.branches = cost, price, plan
         self._verifying: dict[tuple[int, int, int], float] = {}
         self._drafting: dict[tuple[int, int, int], float] = {}
+        self._reading: dict[tuple[int, int, int], float] = {}
 
     def plan(self, k: int) -> tuple[int, ...]:
         return plan_of(self.branches, k)
@@ -187,11 +188,17 @@ class RoundPrices:
     def drafting(self, count: int, k: int, length: int) -> float:
         key = (count, k, length)
         if key not in self._drafting:
-            self._drafting[key] = self.reading([Span(length - 1, length)] * count, k)
+            self._drafting[key] = self._propose(Span(length - 1, length), count, k)
         return self._drafting[key]
 
-    def reading(self, spans: Sequence[Span], k: int) -> float:
-        return draft_seconds(self._price, [WorkItem(f"r{i}", span) for i, span in enumerate(spans)], k)
+    def reading(self, count: int, unread: int, k: int) -> float:
+        key = (count, unread, k)
+        if key not in self._reading:
+            self._reading[key] = self._propose(Span(0, unread), count, k)
+        return self._reading[key]
+
+    def _propose(self, span: Span, count: int, k: int) -> float:
+        return draft_seconds(self._price, [WorkItem(f"r{i}", span) for i in range(count)], k)
 
 
 def _between_steps(cost: CostModel, items: Sequence[WorkItem]) -> float:

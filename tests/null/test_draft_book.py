@@ -110,9 +110,9 @@ def test_seconds_beyond_the_price_are_learned_and_carried_to_what_is_near() -> N
 def test_a_step_that_was_held_up_does_not_change_the_mind() -> None:
     steady, held_up = book(), book()
     told(steady, lambda step: 1e-3, 40, 4, 0)
-    told(held_up, lambda step: 1.0 if step == 20 else 1e-3, 40, 4, 0)
+    told(held_up, lambda step: 1.0 if step in (0, 20, 24) else 1e-3, 40, 4, 0)
     assert steady.seconds(items(4), 0) == pytest.approx(1e-3)
-    assert held_up.seconds(items(4), 0) == pytest.approx(1e-3, rel=0.1)
+    assert held_up.seconds(items(4), 0) == pytest.approx(1e-3), "nor does a first one that found the caches cold"
 
 
 def test_goodput_stops_where_rounds_take_longer_than_their_price() -> None:
@@ -131,10 +131,10 @@ def test_goodput_stops_where_rounds_take_longer_than_their_price() -> None:
 def test_silence_counts_as_no_token_and_costs_no_verification() -> None:
     one = book(longest=4)
     assert one.tokens(0.8, 4) == pytest.approx(expected_tokens(0.8, 4))
-    told(one, lambda step: 1e-3, 200, 1, 4, came=0)
+    told(one, lambda step: 1e-3, 600, 1, 4, came=0)
     assert one.tokens(0.8, 4) < 1.01 and one.seconds(items(1), 4) == pytest.approx(one.seconds(items(1), 0))
     brief = book(longest=4)
-    told(brief, lambda step: 1e-3, 200, 1, 4, came=1)
+    told(brief, lambda step: 1e-3, 600, 1, 4, came=1)
     assert brief.tokens(0.8, 4) == pytest.approx(1.8, abs=0.01), "one draft, whatever was asked for"
     unsure = book(longest=4)
     for _ in range(200):  # silent behind a draft that fails, never behind one that holds
