@@ -136,7 +136,7 @@ say(f"Counting {N} random draws is itself uncertain by up to {noise:.1%} (one st
 # ## One token after another
 #
 # A sentence is a loop: the chosen token is appended, and the longer list is read again. Below is a whole answer. Each
-# box is one token, one step of the engine; the darker it is, the less sure the model was.
+# box is one token, one step of the engine; the stronger its colour, the less sure the model was.
 
 
 # %%
@@ -149,9 +149,9 @@ def written(prompt, **sampling):
 slow, slow_text = written("<slow>37*46-23*58?", temperature=0.0)
 unsure = [t for t in slow if t.probability < 0.9]
 show(token_strip(slow, f"{len(slow)} tokens, {len(slow)} steps; at {len(unsure)} of them the model was less than 90% sure", WHERE))
-say(f"It ends with {slow_text.rpartition('#')[2]}; in truth the sum is {37 * 46 - 23 * 58}. Look where the dark boxes stand: "
+say(f"It ends with {slow_text.rpartition('#')[2]}; in truth the sum is {37 * 46 - 23 * 58}. Look where the coloured boxes stand: "
     "which product comes first, which factor is split. Several ways are right there, so this doubt is a free choice. A "
-    "dark box inside a result would be another kind of doubt: a number that the model is not sure of.")
+    "coloured box inside a result would be another kind of doubt: a number that the model is not sure of.")
 
 # %%
 fast, fast_text = written("<fast>37*46-23*58?", temperature=0.0)

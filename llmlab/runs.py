@@ -11,7 +11,7 @@ from llmlab.events import trace
 
 
 class Run(trace.Run):
-    """A run that can be forked. See `llmlab.events.trace.Run` for everything else."""
+    """What an engine did, as events, and what could have been. Immutable: take a new one to see more."""
 
     def fork(self, at: int, recorded: Mapping[str, Any] | None = None, **changes: Any) -> Run:
         """The same history up to step `at`, then simulated under other policies: `run.fork(at=412, victim="most_blocks")`.

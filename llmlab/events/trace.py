@@ -99,6 +99,7 @@ class Run:
     # ------------------------------------------------------------------------------------ the facts
     @cached_property
     def started(self) -> ev.RunStarted:
+        """Configuration, seed, hardware and mode. Raises TraceError if the beginning is missing."""
         first = self.log_events[0]
         if not isinstance(first, ev.RunStarted):
             raise TraceError("trace", type(first).__name__, "a run begins with RunStarted", "Is the beginning missing?")
@@ -139,6 +140,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> RunMetrics:
+        """The run in numbers, defined in docs/metrics.md."""
         return self._fold.result()
 
     @property

@@ -131,7 +131,7 @@ CHAR, ROW = 8.6, 30  # pixels of a character of the strip, and of a line of it
 
 
 def token_strip(tokens: Sequence[Token], finding: str, note: str) -> Any:
-    """The tokens in the order of the text, boxed, darker where the model was less sure."""
+    """The tokens in the order of the text, boxed, of a stronger orange where the model was less sure."""
     import altair as alt
 
     c = roles()
@@ -148,12 +148,11 @@ def token_strip(tokens: Sequence[Token], finding: str, note: str) -> Any:
     axis: dict[str, Any] = {"axis": None, "scale": alt.Scale(domain=[0, WIDTH], nice=False)}
     axis_y: dict[str, Any] = {"axis": None, "scale": alt.Scale(domain=[(row + 1) * ROW, 0], nice=False)}
     # The doubt is opacity, not a blend of two colours: only so can a picture be given the colours of the other theme.
-    doubt = alt.FillOpacity("p:Q", title="probability of the chosen token", scale=alt.Scale(domain=[0, 1], range=[1, 0]),
-                            legend=alt.Legend(format=".0%", values=[0, 0.25, 0.5, 0.75, 1], symbolFillColor=c.preempted, symbolType="square"))  # fmt: skip
+    doubt = alt.FillOpacity("p:Q", legend=None, scale=alt.Scale(domain=[0, 1], range=[1, 0]))
     area = base.mark_rect(fill=c.preempted, stroke=c.grid, strokeWidth=1, cornerRadius=2).encode(
         x=alt.X("x:Q", **axis), x2="x2:Q", y=alt.Y("y:Q", **axis_y), y2="y2:Q", fillOpacity=doubt)  # fmt: skip
     words = base.mark_text(font="monospace", fontSize=13).encode(x=alt.X("mx:Q", **axis), y=alt.Y("my:Q", **axis_y), text="text:N")
-    return alt.layer(area, words).properties(width=WIDTH, height=(row + 1) * ROW, title=title(finding, note))
+    return alt.layer(area, words).properties(width=WIDTH, height=(row + 1) * ROW, title=title(finding, note, "The stronger the orange, the less probable the chosen token was"))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -31,6 +32,10 @@ def chapters() -> dict[str, Chapter]:
     return {
         "api": Chapter("Python API", "The public names of `llmlab`. All are loaded when they are first used.",
                        {module: [n for n, m in own.items() if m == module] for module in dict.fromkeys(own.values())}),
+        "results": Chapter("Outputs, logs, metrics", "What runs, engines and comparisons give back.",
+                           {"llmlab.outputs": ("RequestOutput", "CompletionOutput"), "llmlab.events.log": ("EventLog",),
+                            "llmlab.events.trace": ("Step",), "llmlab.events.metrics": ("RequestMetrics", "RunMetrics", "Summary"),
+                            "llmlab.events.why": ("Why", "Stretch"), "llmlab.comparing": ("Comparison",), "llmlab.checking": ("Report",)}),
         "seams": Chapter("Seams and views", "The contracts of policies, and the frozen views that they see.", {"llmlab.seams": seams}),
         "events": Chapter("Events", "Every event that a log can hold.", {"llmlab.events.catalog": ["Event", *catalog.EVENT_TYPES, "Alternative"]}),
         "figures": Chapter("Figures", "Pictures of a run: functions from a `Run` to an altair chart.", {"llmlab.ui.figures": figures.__all__}),
@@ -130,10 +135,15 @@ def _split(text: str) -> list[str]:
 
 
 def _members(thing: type) -> Iterator[tuple[str, Any]]:
-    for name, member in vars(thing).items():
+    """Methods and properties, those that this project's own classes hand down included."""
+    own = [base for base in thing.__mro__ if base.__module__.partition(".")[0] in ("llmlab", "roofline")]
+    every = {name: member for base in reversed(own) for name, member in vars(base).items()}
+    for name, member in every.items():
         function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
-        documented = inspect.getdoc(function) if inspect.isfunction(function) or isinstance(function, property) else ""
-        if not name.startswith("_") and (inspect.isfunction(function) or isinstance(function, property)) and (documented or _is_protocol(thing)):
+        function = property(function.func) if isinstance(function, cached_property) else function
+        if name.startswith("_") or not (inspect.isfunction(function) or isinstance(function, property)):
+            continue
+        if inspect.getdoc(function) or _is_protocol(thing):
             yield name, function
 
 

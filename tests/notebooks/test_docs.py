@@ -39,7 +39,7 @@ def quick_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "probe", lambda profile: whole(profile, seconds=0.3))
 
 
-@pytest.mark.parametrize("page", [*HOWTO, ROOT / "docs" / "index.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*HOWTO, ROOT / "docs" / "index.md", ROOT / "docs" / "teaching.md"], ids=lambda page: page.stem)
 def test_every_code_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_profiles: None) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": page.stem}
@@ -68,6 +68,9 @@ def test_the_reference_describes_every_public_name() -> None:
     pages = {name: reference_page(chapter) for name, chapter in chapters().items()}
     for name in llmlab.__all__:
         assert f"\n## {name}\n" in pages["api"]
+    run = pages["api"].partition("\n## Run\n")[2].partition("\n## ")[0]
+    for name in ("metrics", "requests", "steps", "events(", "at(", "why(", "fork(", "save(", "load(", "to_perfetto("):
+        assert f"- **`{name}" in run, f"{name}: what Run inherits belongs to its reference"
     for page in pages.values():
         assert "0x" not in page
         for entry in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
