@@ -21,6 +21,7 @@ from typing import Any
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {}, "n-gram, k=4": {"speculation": "ngram"}, "n-gram, goodput": {"speculation": "ngram", "draft_policy": "goodput"},
     "draft, k=3": {"speculation": "DRAFT", "num_speculative_tokens": 3}, "draft, k=6": {"speculation": "DRAFT", "num_speculative_tokens": 6},
+    "draft, k=4": {"speculation": "DRAFT", "num_speculative_tokens": 4}, "draft, k=8": {"speculation": "DRAFT", "num_speculative_tokens": 8},
     "draft, ewma": {"speculation": "DRAFT", "num_speculative_tokens": 10, "draft_policy": "ewma"},
     "draft, k=10": {"speculation": "DRAFT", "num_speculative_tokens": 10},
     "draft, goodput": {"speculation": "DRAFT", "num_speculative_tokens": 10, "draft_policy": "goodput"},
