@@ -91,6 +91,9 @@ def lineages(parents: Sequence[int]) -> list[int]:
 
 def accepted_path(item: WorkItem, token_ids: Sequence[int]) -> list[int]:
     """Indices of the drafts that hold, from the root on, given the tokens that the item yielded."""
+    if not item.parents:
+        wrong = (i for i, (draft, token) in enumerate(zip(item.drafts, token_ids)) if draft != token)
+        return list(range(next(wrong, min(len(item.drafts), len(token_ids)))))
     path: list[int] = []
     parents = parents_of(item)
     for token in token_ids:

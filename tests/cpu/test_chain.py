@@ -21,7 +21,8 @@ from llmlab.kernels.layout import AttentionMetadata
 from llmlab.models.loader import load_model
 from llmlab.models.transformer import Transformer
 from llmlab.runs import Run
-from llmlab.types import LabError, SamplingParams
+from llmlab.seams import DraftLengths, DraftOutlook, EngineView
+from llmlab.types import LabError, SamplingParams, WorkItem
 
 # Families whose plain layers chain: biases, windows, norms of heads, scaled embeddings, tied and untied output layers.
 CHAINED = ("gemma", "llama", "llama-bias", "llama3-rope", "mistral", "phi3", "qwen2", "qwen3")
@@ -217,11 +218,20 @@ def ride(directory: Path, seed: int, chained: bool, **fields: Any) -> list[tuple
         return told + [(e.step, e.request, e.accepted, e.rejected) for e in engine.log.filter(ev.Verified)]
 
 
+class Uneven:
+    """Another length for each request, and none now and then. (Policies that weigh look at the clock.)"""
+
+    name = "uneven"
+
+    def lengths(self, view: EngineView, items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths:
+        return DraftLengths(tuple([(item.tokens[1] + i) % (outlook.longest + 1) for i, item in enumerate(items)]), "as it comes")
+
+
 @st.composite
 def rough_rides(draw: st.DrawFn) -> dict[str, Any]:
     return draw(rough_sizes()) | {
         "tiering": draw(st.sampled_from(["recompute", "swap"])), "num_speculative_tokens": draw(st.integers(1, 6)),
-        "draft_policy": draw(st.sampled_from(["fixed", "ewma"])), "acceptance": draw(st.sampled_from(["keyed", "rejection"])),
+        "draft_policy": draw(st.sampled_from(["fixed", Uneven()])), "acceptance": draw(st.sampled_from(["keyed", "rejection"])),
     }  # fmt: skip
 
 
