@@ -20,6 +20,7 @@ from llmlab.teaching.scripts import Lesson, lessons_in
 from llmlab.types import ConfigError, LabError
 
 CONFIG = "mkdocs.yml"
+WIDE = ("papers.md",)  # a table of six columns: the whole width is its own
 
 
 def stage(root: Path, target: Path, executed: bool = True) -> list[Path]:
@@ -29,7 +30,8 @@ def stage(root: Path, target: Path, executed: bool = True) -> list[Path]:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(root / "docs", target)
     for page in target.rglob("*.md"):
-        page.write_text(spelled_out(page.read_text(encoding="utf-8")), encoding="utf-8")
+        front = "---\nhide: [navigation, toc]\n---\n\n" if page.name in WIDE else ""
+        page.write_text(front + spelled_out(page.read_text(encoding="utf-8")), encoding="utf-8")
     shutil.copy(root / "CHANGELOG.md", target / "changelog.md")
     _stage_lessons(lessons_in(root / "lessons"), target / "tutorials", executed)
     folder = target / "reference"
