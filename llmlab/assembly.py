@@ -26,6 +26,7 @@ from llmlab.events.tracefile import TraceWriter
 from llmlab.execution.base import Executor
 from llmlab.executors import Redraft, build_executor, check_offload
 from llmlab.kernels.capability import chosen_line
+from llmlab.kernels.variants import parse_kernels
 from llmlab.plugins import REGISTRIES, build_scheduler, seam_of
 from llmlab.scheduling.placement import PLACEMENTS
 from llmlab.scheduling.scheduler import Scheduler
@@ -56,6 +57,7 @@ def assemble(config: EngineConfig) -> Assembly:
     """All parts of an engine. Raises ConfigError or ModelError."""
     for seam, registry in REGISTRIES.items():
         registry.resolve(getattr(config, seam))  # names are checked before a model is loaded
+    parse_kernels(config.kernels)
     check_offload(config)
     _check_host(config)
     clock: Clock = RealClock() if config.executor == "torch" else VirtualClock()

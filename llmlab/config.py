@@ -15,6 +15,7 @@ from llmlab.types import MAX_NODES, ConfigError, unknown_name
 
 SEAM_FIELDS = ("ordering", "admission", "composer", "victim", "placement", "eviction", "tiering", "decoding", "draft_policy")
 DRAFT_FIELDS = ("speculation", "num_speculative_tokens", "draft_tree", "acceptance", "draft_policy")
+KERNEL_SETS = ("auto", "torch", "numba", "triton")
 PLUG_IN_FIELDS = (*SEAM_FIELDS, "weights")  # take a name or an object; the seams among them may change while a run goes on
 
 
@@ -28,6 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `layer_window` keeps only so many layers of a model in memory and reads the
     others from disk as they come round. `host` names the CPU beside the device, for the cost of what is placed there
     ("8%": one that attends at 8 % of the device's speed).
+    `kernels`: "auto", "torch", "numba" or "triton", the last with variants ("triton+one-max+flat", see `llmlab.kernels.variants`).
     `quantization`: "int8" or "int4" weights ("int4-g32-sym": group and zero, too). `gpu_memory`: what the engine may
     take of the device, in bytes, as "16GB", or as the device that it stands for ("t4"). `speculation` is where drafts come
     from: a registered source ("ngram", "suffix"), the name of a draft model, or an object (`seams.DraftSource`); None
@@ -47,7 +49,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    kernels: Literal["auto", "torch", "numba", "triton"] = "auto"
+    kernels: str = "auto"
     num_threads: int | None = None
     random_weights: bool = False
     quantization: str | None = None
@@ -113,7 +115,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
         self._one_of("attention_plan", ("ideal", "balanced", "per_row"))
         self._one_of("on_device_loss", ("fail", "cpu"))
-        self._one_of("kernels", ("auto", "torch", "numba", "triton"))
+        if str(self.kernels).partition("+")[0] not in KERNEL_SETS:  # variants behind it: `llmlab.kernels.variants`
+            raise unknown_name("kernels", self.kernels, KERNEL_SETS)
         self._check_rest()
 
     def _check_rest(self) -> None:

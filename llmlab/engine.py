@@ -216,6 +216,11 @@ class Engine:
         return self._metrics.read()
 
     @property
+    def chosen(self) -> str:
+        """What a GPU got (format, kernels, KV) and why, in one line; "" elsewhere."""
+        return next((str(event.hardware.get("chosen", "")) for event in self.log.filter(ev.RunStarted)), "")
+
+    @property
     def num_waiting(self) -> int:
         return len(self.scheduler.waiting) + len(self._future)
 

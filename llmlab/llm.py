@@ -8,7 +8,6 @@ from typing import Any
 
 from llmlab.config import EngineConfig, engine_config
 from llmlab.engine import Engine
-from llmlab.events.catalog import RunStarted
 from llmlab.outputs import RequestOutput
 from llmlab.prompts import Prompt
 from llmlab.runs import Run
@@ -24,9 +23,8 @@ class LLM:
 
     def __init__(self, model: str = "lab-s", config: EngineConfig | None = None, **fields: Any) -> None:
         self.engine = Engine(config if config is not None else engine_config(model=model, **fields))
-        chosen = next(iter(self.engine.log.filter(RunStarted))).hardware.get("chosen")
-        if chosen:
-            print(chosen, file=sys.stderr)  # a GPU: what it got, and why
+        if self.engine.chosen:
+            print(self.engine.chosen, file=sys.stderr)
 
     @property
     def tokenizer(self) -> Any:

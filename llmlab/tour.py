@@ -235,7 +235,7 @@ def _card_note(config: EngineConfig) -> str:
 def _kernels_line(engine: Engine) -> str:
     described = engine.executor.describe()["kernels"]
     chosen = described if isinstance(described, str) else ", ".join(map(str, described))
-    return f"{chosen} (`{command_line('kernels')}` says why)"
+    return engine.chosen or f"{chosen} (`{command_line('kernels')}` says why)"
 
 
 def serve(engine: Engine, guests: Sequence[Guest], console: Console) -> dict[str, str] | None:

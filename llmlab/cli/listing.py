@@ -187,12 +187,13 @@ def _choices_elsewhere(engine: dict[str, Any]) -> list[Any]:
     """What a GPU of the hardware table would get."""
     from llmlab.config import engine_config
     from llmlab.kernels.capability import capability_of, check_dtype, default_dtype, kernel_table
+    from llmlab.kernels.variants import parse_kernels
 
     capability = capability_of(engine["device"])
     config = engine_config(**{**engine, "device": "cuda"})
     dtype = default_dtype(capability) if config.dtype == "auto" else config.dtype
     check_dtype(capability, dtype)
-    return list(kernel_table(capability, dtype))
+    return list(kernel_table(capability, dtype, variants=parse_kernels(config.kernels).variants))
 
 
 # -------------------------------------------------------------------------------------------- bench

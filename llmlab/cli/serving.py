@@ -133,6 +133,8 @@ def _serve(config: EngineConfig, jobs: Callable[[Engine], list[Job]], output: Ou
 
     with working(f"Loading {config.model}"):
         engine = Engine(config)
+    if engine.chosen:
+        stderr().print(engine.chosen, style="dim", markup=False, highlight=False)
     with engine:
         served = _drive(engine, jobs(engine), output)
     if output.drawn and not output.as_json:

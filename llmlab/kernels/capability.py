@@ -12,6 +12,8 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from llmlab.kernels.dataflow import Dataflow
+from llmlab.kernels.variants import USUAL, Variants
 from llmlab.types import ConfigError
 from roofline import hardware
 from roofline.errors import RooflineError
@@ -110,6 +112,8 @@ def chosen_line(capability: Capability, table: Sequence[KernelChoice], dtype: st
     attention = [f"{op} by {rows[f'attention, {op}'].implementation}" for op in ("decode", "prefill") if f"attention, {op}" in rows]
     why = rows["attention, prefill"].why if not capability.tensor_cores and "attention, prefill" in rows else ""
     kernels = f"all kernels {whole.implementation}" if whole else f"attention: {', '.join(attention)}{f' ({why})' if why else ''}"
+    asked = [f"{op}: {rows[op].implementation}" for op in ("softmax of decoding", "linear, few rows") if op in rows and rows[op].why.startswith("asked for")]
+    kernels = "; ".join([kernels, *asked])
     narrow = f", weights in {weights}" if weights else ""
     return (f"{capability.name} (sm_{capability.sm}, {capability.memory_bytes / (1 << 30):.0f} GiB): {dtype} "
             f"({_why_dtype(capability, dtype)}){narrow}; {kernels}; KV for {kv_tokens:,} tokens. `llmlab kernels` tells the rest.")  # fmt: skip
@@ -163,14 +167,15 @@ def prefill_tile(capability: Capability, head_dim: int, group: int) -> Tile:
 
 
 # -------------------------------------------------------------------------------------- the table
-def kernel_table(capability: Capability, dtype: str, head_dim: int = 128, group: int = 4) -> list[KernelChoice]:
+def kernel_table(capability: Capability, dtype: str, head_dim: int = 128, group: int = 4, variants: Variants = USUAL) -> list[KernelChoice]:
     """Which implementation runs each operation on a device, and why. CPU tables come from the kernel set itself."""
     sm = f"sm_{capability.sm}"
     chosen = [
         KernelChoice("dtype", dtype, _why_dtype(capability, dtype)),
         KernelChoice("linear", "torch (cuBLAS)", "the library chooses per shape; the residual is added in the product"),
     ]  # fmt: skip
-    return [*chosen, *_attention_choices(capability, sm, head_dim, group), *_row_choices(), *_quantised_choices(capability, sm)]
+    return [*chosen, *_attention_choices(capability, sm, head_dim, group), *_variant_choices(capability, sm, variants),
+            *_row_choices(), *_quantised_choices(capability, sm)]
 
 
 def _why_dtype(capability: Capability, dtype: str) -> str:
@@ -198,12 +203,34 @@ def _attention_choices(capability: Capability, sm: str, head_dim: int, group: in
     ]  # fmt: skip
 
 
+def few_rows(capability: Capability, variants: Variants) -> Dataflow:
+    """Who multiplies few rows: as asked for, but no flat products where they have no tensor cores."""
+    asked = variants.few_rows
+    return asked if capability.tensor_cores else Dataflow(asked.flat_from, asked.flat_from)
+
+
+def _variant_choices(capability: Capability, sm: str, variants: Variants) -> list[KernelChoice]:
+    """What `llmlab.kernels.variants` chooses."""
+    softmax = KernelChoice("softmax of decoding", "online maximum", "holds for any scores; one maximum for all (kernels='triton+one-max') "
+                           "is built, and nobody has measured it on a GPU")  # fmt: skip
+    if variants.phi is not None:
+        softmax = KernelChoice("softmax of decoding", f"one maximum, {variants.phi:g}", "asked for; units it does not suit are computed again") \
+            if capability.tensor_cores else \
+            softmax._replace(why=f"one maximum was asked for; on {sm}, without tensor cores, its second loop would spill registers")
+    linear = KernelChoice("linear, few rows", "torch (cuBLAS)", "sums in registers and flat products (kernels='triton+rows+flat') are built, and "
+                          "nobody has measured them on a GPU")  # fmt: skip
+    few = few_rows(capability, variants)
+    if few.library_from > 1:
+        parts = [f"sums in registers up to {few.flat_from - 1} rows"] if few.flat_from > 1 else []
+        parts += [f"flat products up to {few.library_from - 1}"] if few.library_from > few.flat_from else []
+        linear = KernelChoice("linear, few rows", f"triton, {', '.join(parts)}", "asked for; beyond, torch (cuBLAS)")
+    elif variants.few_rows.library_from > 1:
+        linear = linear._replace(why=f"flat products were asked for; {sm} has no tensor cores in Triton")
+    return [softmax, linear]
+
+
 def _row_choices() -> list[KernelChoice]:
     return [
-        KernelChoice("softmax of decoding", "online maximum", "holds for any scores; one maximum for all, with a second pass for rows it "
-                     "does not suit, is built, and nobody has measured it on a GPU"),
-        KernelChoice("linear, few rows", "torch (cuBLAS)", "sums in registers and flat products are built; they are taken from the "
-                     "batch sizes on that were measured for a card, and none was"),
         KernelChoice("rms_norm, add_rms_norm", "triton", "one pass instead of five operators"),
         KernelChoice("rope_store", "triton, one program per token", "norm, rotation and KV write in one launch"),
         KernelChoice("gated_act", "triton", "one pass instead of three operators"),

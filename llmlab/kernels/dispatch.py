@@ -18,6 +18,7 @@ from llmlab.kernels import reference
 from llmlab.kernels.capability import OLDEST, Capability, has_triton, of_compute
 from llmlab.kernels.layout import AttentionMetadata, AttentionState, KernelChoice
 from llmlab.kernels.quantized import QuantizedTensor, WidenedExperts, WidenedLinear
+from llmlab.kernels.variants import Variants, parse_kernels
 from llmlab.types import ConfigError, LabError
 
 KVCaches = Sequence[tuple[Tensor, Tensor]] | Mapping[int, tuple[Tensor, Tensor]]
@@ -341,11 +342,11 @@ def set_num_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def _torch_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+def _torch_kernels(device: torch.device, dtype: torch.dtype, variants: Variants) -> Kernels:
     return TorchKernels()
 
 
-def _numba_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+def _numba_kernels(device: torch.device, dtype: torch.dtype, variants: Variants) -> Kernels:
     from llmlab.kernels.numba_kernels import NumbaKernels
 
     if device.type != "cpu":
@@ -353,14 +354,14 @@ def _numba_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     return NumbaKernels()
 
 
-def _triton_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+def _triton_kernels(device: torch.device, dtype: torch.dtype, variants: Variants) -> Kernels:
     if not has_triton():
         raise LabError("kernels", "triton", "Triton is not installed", "pip install 'llmlab[gpu]', or choose 'torch'")
     if device.type != "cuda":
         raise LabError("kernels", "triton", f"runs on CUDA devices only, not on {device}", "choose 'auto'")
     from llmlab.kernels.triton_kernels import TritonKernels
 
-    return TritonKernels(device_capability(device), dtype)
+    return TritonKernels.asked(device_capability(device), dtype, variants)
 
 
 def device_capability(device: torch.device | str, oldest: int = OLDEST) -> Capability:
@@ -400,7 +401,7 @@ def host_kernels(device: Kernels, on_cpu: bool) -> Kernels:
     return NumbaKernels(Pool(alone=on_cpu)) if not on_cpu or isinstance(device, NumbaKernels) else TorchKernels()
 
 
-SETS: Mapping[str, Callable[[torch.device, torch.dtype], Kernels]] = {
+SETS: Mapping[str, Callable[[torch.device, torch.dtype, Variants], Kernels]] = {
     "torch": _torch_kernels,
     "numba": _numba_kernels,
     "triton": _triton_kernels,
@@ -413,7 +414,7 @@ def make_kernels(
     dtype: torch.dtype = torch.float32,
     num_threads: int | None = None,
 ) -> Kernels:
-    """The kernel set `name` ("torch", "numba", "triton" or "auto") for a device and the dtype of a model.
+    """The kernel set `name` ("torch", "numba", "triton", with variants, or "auto") for a device and the dtype of a model.
 
     "auto" obeys the environment variable LLMLAB_KERNELS; unset, it takes numba on a CPU with one of
     the dtypes that its kernels read, triton on CUDA where it is installed, and torch elsewhere.
@@ -423,11 +424,9 @@ def make_kernels(
         set_num_threads(num_threads)
     if name == "auto":
         name = os.environ.get("LLMLAB_KERNELS", "auto")
-    device = torch.device(device)
+    device, (name, variants) = torch.device(device), parse_kernels(name)
     if name == "auto" and dtype in COMPILED_DTYPES:
         name = "numba" if device.type == "cpu" else "triton" if device.type == "cuda" and has_triton() else "torch"
     elif name == "auto":
         name = "torch"
-    if name not in SETS:
-        raise LabError("kernels", name, "is not a kernel set", f"choose one of auto, {', '.join(SETS)}")
-    return SETS[name](device, dtype)
+    return SETS[name](device, dtype, variants)

@@ -22,12 +22,13 @@ from llmlab.kernels import triton_quant as quant
 from llmlab.kernels import triton_rows as rows
 from llmlab.kernels import triton_sampling as sampling
 from llmlab.kernels.attention_plan import GridPlan, plan_capacity, plan_grid
-from llmlab.kernels.capability import Capability, Tile, decode_tile, kernel_table, power_of_two, prefill_tile
+from llmlab.kernels.capability import Capability, Tile, decode_tile, few_rows, kernel_table, power_of_two, prefill_tile
 from llmlab.kernels.dataflow import LIBRARY, Dataflow, DataflowTable
 from llmlab.kernels.dispatch import BaseKernels, ExpertsImpl, LinearImpl, TorchLinear
 from llmlab.kernels.layout import PLAN_FACTS, AttentionMetadata, AttentionState, KernelChoice, pinned, sent
 from llmlab.kernels.quantized import QuantizedTensor, WidenedExperts
-from llmlab.kernels.softmax_schemes import UnifiedMax
+from llmlab.kernels.softmax_schemes import BANDS, UnifiedMax
+from llmlab.kernels.variants import USUAL, Variants
 from llmlab.types import LabError
 
 PLAN_PARTS = ("items", "queue", "starts", "merges")
@@ -224,13 +225,23 @@ class TritonKernels(BaseKernels):
         measured. Neither by default: nobody has measured what they gain."""
         self.capability, self._dtype, self._dataflow = capability, dtype, dataflow or {}
         self._unified = unified if capability.tensor_cores else None  # sums in registers leave none for a second loop: they spill
+        self._variants = USUAL
         self.repaired: Tensor | None = None  # units of the last attention that the one maximum did not suit, by program
+
+    @classmethod
+    def asked(cls, capability: Capability, dtype: torch.dtype, variants: Variants) -> TritonKernels:
+        """The kernels with the variants that a configuration names, as far as the card has units for them."""
+        name = str(dtype).removeprefix("torch.")
+        made = cls(capability, dtype, None if variants.phi is None else UnifiedMax(variants.phi, *BANDS[name]))
+        made._variants = variants
+        return made
 
     # -------------------------------------------------------------------------------- linear layers
     def linear(self, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> LinearImpl:
         if isinstance(weight, QuantizedTensor):
             return TritonQuantLinear(weight, bias, self.capability)
-        return TritonLinear(weight, bias, self._dataflow.get((weight.shape[0], weight.shape[1]), LIBRARY))
+        few = few_rows(self.capability, self._variants)
+        return TritonLinear(weight, bias, self._dataflow.get((weight.shape[0], weight.shape[1]), few))
 
     def experts(self, w_gate_up: Tensor | QuantizedTensor, w_down: Tensor | QuantizedTensor) -> ExpertsImpl:
         if isinstance(w_gate_up, QuantizedTensor) and isinstance(w_down, QuantizedTensor):
@@ -372,7 +383,7 @@ class TritonKernels(BaseKernels):
         return tokens
 
     def describe(self) -> list[KernelChoice]:
-        return kernel_table(self.capability, str(self._dtype).removeprefix("torch."))
+        return kernel_table(self.capability, str(self._dtype).removeprefix("torch."), variants=self._variants)
 
 
 class DecodePlans:

@@ -4,6 +4,7 @@ how, in which queue, and which kernels it launches with what."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,6 +134,16 @@ def test_memory_of_fetched_experts_waits_for_the_queue_that_reads_them(gpu: Pret
     serve(engine, greedy(4), (9,))
     told = gpu.all("record stream")
     assert told and {n.detail for n in told} == {"main"}
+
+
+def test_variants_of_kernels_are_chosen_by_name_and_told(gpu: PretendGpu, card: str) -> None:
+    engine = serve(engine_of(kernels="triton+one-max@2+rows@2+flat@8"))
+    ran = {launch.function.__name__ for launch in gpu.launches()}
+    around_one = {launch.arguments["phi"] for launch in gpu.launches() if launch.function.__name__ == "attend" and launch.arguments["UNIFIED"]}
+    large = card == "h200"
+    assert "row_linear" in ran and ("flat_linear" in ran) == large
+    assert around_one == ({2.0 / math.log(2)} if large else set())
+    assert "sums in registers up to 2 rows" in engine.chosen and ("one maximum, 2" in engine.chosen) == large
 
 
 def test_forked_answers_copy_their_last_block(gpu: PretendGpu) -> None:
