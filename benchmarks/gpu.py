@@ -1,13 +1,15 @@
 """What llmlab reaches on the GPU at hand: bandwidth, products, decoding, prefilling, time to first token, beside transformers.
 
-    python benchmarks/gpu.py [--model llama-3.1-8b] [--batches 1 8 32 64 128 256] [--parts machine dataflow decode prefill ttft peers] [--json FILE]
+    python benchmarks/gpu.py [--model llama-3.1-8b] [--batches 1 8 32 64 128 256] [--parts machine decode prefill ttft peers placement dataflow] [--json FILE]
+                             [--minutes 20] [--resume] [--kernels triton+one-max] [--quantization int4]
 
     python benchmarks/gpu.py --rehearse     the same script on the CPU, small: to test the script, not to measure anything
 
 One process, random weights, no download. Every decoding row has a floor beside it: the bytes of weights and KV of a step
 over the copy bandwidth that this very run measured. transformers' `generate` and its continuous batching get the same
 prompts afterwards. What does not fit says so in its row, and the next one follows. The last line is one JSON object with
-everything printed (`--json` also writes it after every row); where there is no GPU, the script says so and ends with code
+everything printed (`--json` also writes it after every row, and `--resume` goes on from there: rows that were measured are
+not measured again). With `--minutes` no row is begun after that time. Where there is no GPU, the script says so and ends with code
 3, having measured nothing.
 """
 
@@ -42,7 +44,8 @@ from roofline.precision import Precision
 from roofline.shapes import Shape
 
 NO_GPU = 3  # exit code
-PARTS = ("machine", "dataflow", "decode", "prefill", "ttft", "peers")
+PARTS = ("machine", "decode", "prefill", "ttft", "peers", "placement", "dataflow")
+PLACEMENTS = ("gpu_only", "neo", "apex")
 MEMORY = (torch.OutOfMemoryError, MemoryError, LabError)  # a row that does not fit; the next one may
 
 Row = dict[str, Any]
@@ -71,6 +74,7 @@ class Bench:
     dtype: torch.dtype
     found: dict[str, Any]
     progress: Progress
+    ends: float = float("inf")  # no row is begun after this, by `time.monotonic`
 
     @property
     def device(self) -> str:
@@ -88,8 +92,14 @@ class Bench:
         """Measure a table's rows one after the other; what fails is a row that says why."""
         print(f"\n### {part}")
         rows: list[Row] = self.found.setdefault(part, [])
+        rows[:] = [row for row in rows if "failed" not in row]
         task = self.progress.add_task(part, total=len(cases))
         for case in cases:
+            if any(case.about.items() <= row.items() for row in rows):
+                continue  # measured before
+            if time.monotonic() > self.ends:
+                print(f"left out, the time is over: {case.about}")
+                continue
             self.progress.update(task, description=f"{part}: {', '.join(f'{k} {v}' for k, v in case.about.items())}")
             try:
                 rows.append({**case.about, **case.measure()})
@@ -117,7 +127,7 @@ class Bench:
         """llmlab with room for `seqs` requests of `length` tokens, `tokens` in a step."""
         options = self.options
         engine = Engine(model=options.model, random_weights=True, device=self.device, max_num_seqs=seqs, max_model_len=length,
-                        max_num_batched_tokens=tokens, overlap_depth=1, quantization=options.quantization,
+                        max_num_batched_tokens=tokens, overlap_depth=1, quantization=options.quantization, kernels=options.kernels,
                         enable_prefix_caching=False, log_level=1, check_interval=0, gpu_memory=options.gpu_memory)  # fmt: skip
         try:
             yield engine
@@ -279,6 +289,29 @@ def ttft_row(bench: Bench, rate: float) -> Row:
         finish(engine)
         waited = [engine.metrics.requests[name].ttft for name in names]
     return {"p50 TTFT ms": float(np.percentile(waited, 50)) * 1e3, "p99 TTFT ms": float(np.percentile(waited, 99)) * 1e3}
+
+
+def placement(bench: Bench) -> list[Case]:
+    """Requests whose KV does not fit on the device, a quarter of it does: waiting, or attended to on the CPU."""
+    return [Case({"placement": name}, lambda name=name: placement_row(bench, name)) for name in PLACEMENTS]  # type: ignore[misc]
+
+
+def placement_row(bench: Bench, name: str) -> Row:
+    options = bench.options
+    length, count = options.context // 2, options.requests
+    blocks = max(2, count // 4) * -(-length // 16)
+    with Engine(model=options.model, random_weights=True, device=bench.device, placement=name, num_blocks=blocks,
+                num_host_blocks=4 * blocks, max_num_seqs=count, max_model_len=length, max_num_batched_tokens=2048,
+                enable_prefix_caching=False, log_level=1, check_interval=0, kernels=options.kernels) as engine:  # fmt: skip
+        prompts = prompts_of(2, [length // 2] * count, engine.model.vocab_size)
+        answer, seconds = length // 4, 0.0
+        for some in (prompts[:2], prompts):  # kernels compile with the first
+            for prompt in some:
+                engine.add_request(prompt, greedy(answer))
+            began = time.perf_counter()
+            finish(engine)
+            seconds = time.perf_counter() - began
+        return {"tokens/s": count * answer / seconds, "KV tokens on the device": blocks * 16}
 
 
 def dataflow(bench: Bench) -> list[Case]:
@@ -464,6 +497,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of a decoding row")
     parser.add_argument("--requests", type=int, default=64, help="requests of the parts ttft and peers")
     parser.add_argument("--steps", type=int, default=64, help="decoding steps that count")
+    parser.add_argument("--kernels", default="auto", help="triton+one-max, triton+rows+flat, ...")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row after this time")
+    parser.add_argument("--resume", action="store_true", help="go on with the rows of --json")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU and small, to test the script")
     options = parser.parse_args()
     reason = None if options.rehearse else why_no_cuda()
@@ -496,23 +532,29 @@ def on_card(options: argparse.Namespace) -> dict[str, Any]:
         "driver": subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
                                  text=True, check=False).stdout.strip(),
         "python": platform.python_version(), "model": options.model, "dtype": str(torch.bfloat16 if card.bf16 else torch.float16),
-        "quantization": options.quantization, "context": options.context, "requests": options.requests,
+        "quantization": options.quantization, "kernels": options.kernels, "context": options.context, "requests": options.requests,
     }  # fmt: skip
 
 
 def measure(options: argparse.Namespace, line: DeviceLine, found: dict[str, Any]) -> dict[str, Any]:
     """All parts that were asked for; the machine always, since the others are held against it."""
+    ends = time.monotonic() + 60 * options.minutes
+    if options.resume and options.json and options.json.exists():
+        found = {**json.loads(options.json.read_text()), **found}
     dtype = getattr(torch, found["dtype"].removeprefix("torch."))
-    print(", ".join(f"{name} {value}" for name, value in found.items()))
+    print(", ".join(f"{name} {value}" for name, value in found.items() if not isinstance(value, list)))
     terminal = sys.stdout.isatty()
     with Progress(console=Console(stderr=True), transient=True, redirect_stdout=terminal, redirect_stderr=terminal) as progress:
-        bench = Bench(options, line, dtype, found, progress)
+        bench = Bench(options, line, dtype, found, progress, ends)
         bench.run("machine", machine(bench))
-        for part, cases in (("dataflow", dataflow), ("decode", decode), ("prefill", prefill), ("ttft", ttft)):
+        for part, cases in (("decode", decode), ("prefill", prefill), ("ttft", ttft)):
             if part in options.parts:
                 bench.run(part, cases(bench))
         if "peers" in options.parts:
             peers(bench)
+        for part, cases in (("placement", placement), ("dataflow", dataflow)):
+            if part in options.parts:
+                bench.run(part, cases(bench))
     return found
 
 

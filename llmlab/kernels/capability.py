@@ -138,6 +138,7 @@ class Tile(NamedTuple):
 
 
 SMALL_ROWS = 16  # rows of the smallest product of a tensor core
+WIDE_POSITIONS = 32  # of a tile in float32: such products are no tensor core's, and larger ones spill by the kilobyte
 LOW_REGISTERS = 8192  # elements of a product held in registers where there are no tensor cores; twice as many spill
 
 
@@ -146,19 +147,24 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def decode_tile(capability: Capability, head_dim: int, group: int) -> Tile:
-    """Rows of few query tokens: bound by reading KV, so many programs with several tiles in flight."""
+def decode_tile(capability: Capability, head_dim: int, group: int, number_bytes: int = 2) -> Tile:
+    """Rows of few query tokens: bound by reading KV, so many programs with several tiles in flight. `number_bytes`: of a number
+    of the cache."""
     width = power_of_two(head_dim)
     if not capability.tensor_cores:
         rows = power_of_two(group)
         positions = max(8, min(64, LOW_REGISTERS // (rows * width)))
         return Tile(rows, positions, 4, 1, 2, False)
     rows = max(SMALL_ROWS, power_of_two(group))
+    if number_bytes > 2:
+        return Tile(rows, WIDE_POSITIONS, 4, 1, 2, True)
     return Tile(rows, 64, 4, 3 if capability.shared_kib > 128 else 2, 2, True)
 
 
-def prefill_tile(capability: Capability, head_dim: int, group: int) -> Tile:
+def prefill_tile(capability: Capability, head_dim: int, group: int, number_bytes: int = 2) -> Tile:
     """Rows of many query tokens: bound by arithmetic, so large tiles."""
+    if number_bytes > 2:
+        return Tile(max(2 * SMALL_ROWS, power_of_two(group)), WIDE_POSITIONS, 4, 1, 2, True)
     large = capability.shared_kib > 128
     rows = max(64, power_of_two(group))
     if large and head_dim <= 128:
@@ -174,7 +180,7 @@ def kernel_table(capability: Capability, dtype: str, head_dim: int = 128, group:
         KernelChoice("dtype", dtype, _why_dtype(capability, dtype)),
         KernelChoice("linear", "torch (cuBLAS)", "the library chooses per shape; the residual is added in the product"),
     ]  # fmt: skip
-    return [*chosen, *_attention_choices(capability, sm, head_dim, group), *_variant_choices(capability, sm, variants),
+    return [*chosen, *_attention_choices(capability, sm, head_dim, group, 4 if dtype == "float32" else 2), *_variant_choices(capability, sm, variants),
             *_row_choices(), *_quantised_choices(capability, sm)]
 
 
@@ -184,8 +190,8 @@ def _why_dtype(capability: Capability, dtype: str) -> str:
     return "the range of float32 in half the bytes" if capability.bf16 else "the card has no bfloat16 units"
 
 
-def _attention_choices(capability: Capability, sm: str, head_dim: int, group: int) -> list[KernelChoice]:
-    decode = decode_tile(capability, head_dim, group)
+def _attention_choices(capability: Capability, sm: str, head_dim: int, group: int, number_bytes: int) -> list[KernelChoice]:
+    decode = decode_tile(capability, head_dim, group, number_bytes)
     programs = capability.units * decode.programs
     split = f"{programs} programs take what the plan of the step deals them; divided rows merge by their log-sum-exp"
     if not capability.tensor_cores:
@@ -195,7 +201,7 @@ def _attention_choices(capability: Capability, sm: str, head_dim: int, group: in
             KernelChoice("attention, prefill", "torch SDPA, row by row",
                    f"{sm}: a Triton product would run on ordinary cores; SDPA has its own kernels for this card"),
         ]  # fmt: skip
-    prefill = prefill_tile(capability, head_dim, group)
+    prefill = prefill_tile(capability, head_dim, group, number_bytes)
     return [
         KernelChoice("attention, decode", f"triton, tile {decode.block_m} x {decode.block_n}, {decode.stages} stages", split),
         KernelChoice("attention, prefill", f"triton, tile {prefill.block_m} x {prefill.block_n}, {prefill.stages} stages",

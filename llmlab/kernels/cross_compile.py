@@ -105,8 +105,9 @@ def _launches(compile_one: Callable[[Any, dict[str, Any], dict[str, Any]], None]
 
 
 def compiled(capability: Capability, head_dim: int = 128, group: int = 4, block_size: int = 16,
-             launch: Callable[..., None] | None = None) -> list[Built]:  # fmt: skip
-    """What `launch` launches (`launch_all`: every kernel) for a GPU and these sizes. Raises what Triton raises."""
+             launch: Callable[..., None] | None = None, dtype: torch.dtype | None = None) -> list[Built]:  # fmt: skip
+    """What `launch` launches (`launch_all`: every kernel) for a GPU and these sizes, in `dtype` (None: what the card prefers).
+    Raises what Triton raises."""
     target, built = GPUTarget("cuda", capability.sm, 32), {}
 
     def compile_one(function: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
@@ -118,7 +119,7 @@ def compiled(capability: Capability, head_dim: int = 128, group: int = 4, block_
             code = done.asm["ptx"]
             built[key] = Built(function.__name__, done.metadata.shared, "mma" in code, *usage(done.asm["cubin"]), sizes)
 
-    dtype = torch.bfloat16 if capability.bf16 else torch.float16
+    dtype = dtype or (torch.bfloat16 if capability.bf16 else torch.float16)
     with _launches(compile_one):
         (launch or launch_all)(TritonKernels(capability, dtype), dtype, head_dim, group, block_size)
     return list(built.values())

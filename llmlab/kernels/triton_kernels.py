@@ -57,15 +57,16 @@ class StepPlans(NamedTuple):
 
 
 def plan_step(
-    cu: np.ndarray, lens: np.ndarray, mask: str, heads: int, group: int, dim: int, window: int | None, capability: Capability
+    cu: np.ndarray, lens: np.ndarray, mask: str, heads: int, group: int, dim: int, window: int | None, capability: Capability,
+    number_bytes: int = 2,
 ) -> tuple[list[tuple[GridPlan, Tile, int]], tuple[int, ...]]:  # fmt: skip
     """(plan, tile, query tokens of a tile) of decoding rows and of prefilling rows; and the rows for SDPA. Pure."""
     query = np.diff(cu)
-    small = decode_tile(capability, dim, group)
+    small = decode_tile(capability, dim, group, number_bytes)
     few = query <= small.tokens(group)
     classes = [(few, small)]
     if capability.tensor_cores:
-        classes.append((~few, prefill_tile(capability, dim, group)))
+        classes.append((~few, prefill_tile(capability, dim, group, number_bytes)))
     planned = []
     for chosen, tile in classes:
         if (query[chosen] > 0).any():
@@ -257,7 +258,7 @@ class TritonKernels(BaseKernels):
         """The plans of the current step, made at their first use and shared by all layers."""
         key = ("grid", heads, group, dim, window)
         if key not in meta.derived:
-            planned, rest = plan_step(*meta.host_lengths(), meta.mask, heads, group, dim, window, self.capability)
+            planned, rest = plan_step(*meta.host_lengths(), meta.mask, heads, group, dim, window, self.capability, self._dtype.itemsize)
             device = meta.seq_lens.device
             classes = tuple(
                 PlanOnDevice(tile, tokens, plan.num_partials, *on_device(plan, device)) for plan, tile, tokens in planned
@@ -286,7 +287,7 @@ class TritonKernels(BaseKernels):
         q = q if q.stride()[1:] == (dim, 1) else q.contiguous()
         state = AttentionState(q.new_zeros(tokens, hq, dim), q.new_full((tokens, hq), float("-inf"), dtype=torch.float32))
         plans = self.plans(meta, heads, hq // heads, dim, sliding_window)
-        decode = decode_tile(self.capability, dim, hq // heads)
+        decode = decode_tile(self.capability, dim, hq // heads, self._dtype.itemsize)
         for planned in plans.classes:
             scheme = self._unified if planned.tile == decode else None
             repaired = _attend(planned, state, q, k_cache, v_cache, meta, scale, sliding_window, softcap, scheme)
@@ -297,7 +298,7 @@ class TritonKernels(BaseKernels):
 
     def decode_plans(self, rows: int, heads: int, group: int, dim: int, windows: Sequence[int | None],
                      device: torch.device) -> DecodePlans:  # fmt: skip
-        return DecodePlans(self.capability, rows, heads, group, dim, windows, device)
+        return DecodePlans(self.capability, rows, heads, group, dim, windows, device, self._dtype.itemsize)
 
     # ------------------------------------------------------------------------------------ row kernels
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
@@ -393,9 +394,9 @@ class DecodePlans:
     """
 
     def __init__(self, capability: Capability, rows: int, heads: int, group: int, dim: int, windows: Sequence[int | None],
-                 device: torch.device) -> None:  # fmt: skip
+                 device: torch.device, number_bytes: int = 2) -> None:  # fmt: skip
         self._rows, self._heads, self._device = rows, heads, device
-        self._tile = decode_tile(capability, dim, group)
+        self._tile = decode_tile(capability, dim, group, number_bytes)
         self._programs = capability.units * self._tile.programs
         room = plan_capacity(rows, heads, self._programs)
         sizes = {"items": room.items * 6, "queue": room.units, "starts": self._programs + 1, "merges": rows * 3}

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -370,5 +371,6 @@ def pretend_gpu(capability: Capability, monkeypatch: pytest.MonkeyPatch) -> Iter
     }  # fmt: skip
     for name, value in faked.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *device: None)  # a torch that is built for CUDA looks for a driver
     with FakeTensorMode(allow_non_fake_inputs=True), gpu:
         yield gpu

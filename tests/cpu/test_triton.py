@@ -47,6 +47,20 @@ def test_every_kernel_compiles_and_fits(card: str) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize(("card", "head_dim"), [("a10", 128), ("h100", 80)])
+def test_attention_in_float32_compiles_without_spilling(card: str, head_dim: int) -> None:
+    """Nobody serves in it, but the tests that compare tokens on a GPU do, and larger tiles take minutes to compile."""
+    import torch
+
+    from llmlab.kernels.cross_compile import compiled, launch_attention
+
+    capability = capability_of(card)
+    built = compiled(capability, head_dim, 4, 16, launch_attention, torch.float32)
+    assert max(b.shared for b in built) <= capability.shared_kib * 1024
+    assert [b for b in built if b.spilled > 256 or (b.spilled and not b.sizes.get("UNIFIED"))] == []
+
+
+@needs_triton
 @pytest.mark.parametrize(("card", "head_dim", "group", "block_size"), [
     ("t4", 64, 8, 16), ("t4", 96, 1, 32), ("a10", 80, 1, 32), ("a10", 32, 8, 16), ("h100", 96, 2, 32), ("h100", 64, 16, 16)])  # fmt: skip
 def test_attention_compiles_and_fits_for_many_heads(card: str, head_dim: int, group: int, block_size: int) -> None:
@@ -74,7 +88,7 @@ def test_the_gpu_benchmark_says_that_there_is_no_gpu() -> None:
 
 
 def test_the_gpu_benchmark_runs_through_on_a_cpu_and_calls_it_a_rehearsal() -> None:
-    done = subprocess.run([sys.executable, "benchmarks/gpu.py", "--rehearse", "--parts", "machine", "dataflow", "decode", "prefill", "ttft"],
+    done = subprocess.run([sys.executable, "benchmarks/gpu.py", "--rehearse", "--parts", "machine", "dataflow", "decode", "prefill", "ttft", "placement"],
                           cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -99,7 +113,14 @@ def test_a_row_that_does_not_fit_says_so_and_the_next_one_is_measured(tmp_path: 
 
     options = argparse.Namespace(json=tmp_path / "found.json")
     bench = script.Bench(options, HostLine(), torch.float32, {}, Progress(disable=True))
+    bench.run("prefill", [script.Case({"prompts": "1 x 8"}, lambda: {"tokens/s": 1.0})])
     bench.run("decode", [script.Case({"batch": 256}, too_large), script.Case({"batch": 1}, lambda: {"tokens/s": 2.0})])
     kept = json.loads(options.json.read_text())["decode"]
     assert kept == [{"batch": 256, "failed": "OutOfMemoryError: CUDA out of memory. Tried to allocate 40 GiB"}, {"batch": 1, "tokens/s": 2.0}]
     assert "| 256 | OutOfMemoryError" in capsys.readouterr().out
+    # gone on with: what was measured stays, what failed is tried again; and nothing is begun when the time is over
+    bench.run("decode", [script.Case({"batch": 256}, lambda: {"tokens/s": 3.0}), script.Case({"batch": 1}, too_large)])
+    assert json.loads(options.json.read_text())["decode"] == [{"batch": 1, "tokens/s": 2.0}, {"batch": 256, "tokens/s": 3.0}]
+    late = script.Bench(options, HostLine(), torch.float32, {}, Progress(disable=True), 0.0)
+    late.run("decode", [script.Case({"batch": 8}, too_large)])
+    assert late.found["decode"] == [] and "left out" in capsys.readouterr().out
