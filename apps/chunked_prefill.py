@@ -11,8 +11,9 @@ with app.setup:
 
 @app.cell(hide_code=True)
 def _():
+    sheet = pages.sheet()
     pages.heading("chunked_prefill")
-    return
+    return (sheet,)
 
 
 @app.cell(hide_code=True)
@@ -24,18 +25,18 @@ def _():
 
 
 @app.cell(hide_code=True)
-def _(budget, prompt):
+def _(budget, prompt, sheet):
     scene = chunks.scene(int(prompt.value), int(budget.value))
     mo.vstack([
-        pictures.drawn(pages.sheet(), lambda: chunks.scene_chart(scene, chunks.longest(scene.prompt))),
+        pictures.drawn(sheet, lambda: chunks.scene_chart(scene, chunks.longest(scene.prompt))),
         mo.md(chunks.reason(scene)),
     ], gap=0)  # fmt: skip
     return (scene,)
 
 
 @app.cell(hide_code=True)
-def _(scene):
-    pictures.drawn(pages.sheet(), lambda: chunks.frontier_chart(chunks.frontier(scene.prompt), scene.budget))
+def _(scene, sheet):
+    pictures.drawn(sheet, lambda: chunks.frontier_chart(chunks.frontier(scene.prompt), scene.budget))
     return
 
 

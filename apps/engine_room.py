@@ -14,8 +14,9 @@ with app.setup:
 
 @app.cell(hide_code=True)
 def _():
+    sheet = pages.sheet()
     pages.heading("engine_room")
-    return
+    return (sheet,)
 
 
 @app.cell(hide_code=True)
@@ -60,8 +61,8 @@ def _(live, ready):
 
 
 @app.cell(hide_code=True)
-def _(live):
-    timeline = LiveTimeline(live, pages.recorded("first-look"), theme=pages.page_theme())
+def _(live, sheet):
+    timeline = LiveTimeline(live, pages.recorded("first-look"), theme=sheet.theme)
     shown = mo.ui.anywidget(timeline)
     shown
     return shown, timeline

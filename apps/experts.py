@@ -13,8 +13,9 @@ with app.setup:
 
 @app.cell(hide_code=True)
 def _():
+    sheet = pages.sheet()
     pages.heading("experts")
-    return
+    return (sheet,)
 
 
 @app.cell(hide_code=True)
@@ -36,14 +37,14 @@ def _(batch, fit, machine, policy):
 
 
 @app.cell(hide_code=True)
-def _(offload, runs):
-    pictures.drawn(pages.sheet(), lambda: experts.chart(offload, runs))
+def _(offload, runs, sheet):
+    pictures.drawn(sheet, lambda: experts.chart(offload, runs))
     return
 
 
 @app.cell(hide_code=True)
-def _(offload):
-    pictures.drawn(pages.sheet(), lambda: figures.expert_heat_map(experts.served(offload, 3)))
+def _(offload, sheet):
+    pictures.drawn(sheet, lambda: figures.expert_heat_map(experts.served(offload, 3)))
     return
 
 

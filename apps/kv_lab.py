@@ -13,8 +13,9 @@ with app.setup:
 
 @app.cell(hide_code=True)
 def _():
+    sheet = pages.sheet()
     pages.heading("kv_lab")
-    return
+    return (sheet,)
 
 
 @app.cell(hide_code=True)
@@ -39,18 +40,18 @@ def _(block_size, caching, eviction, families, memory, rate, shared):
 
 
 @app.cell(hide_code=True)
-def _(pool, run):
+def _(pool, run, sheet):
     mo.vstack([
         mo.md(f"**{kv.finding(pool, kv.account(run))}** (simulated)."),
-        pictures.drawn(pages.sheet(), lambda: figures.kv_block_map(run)),
+        pictures.drawn(sheet, lambda: figures.kv_block_map(run)),
     ])  # fmt: skip
     return
 
 
 @app.cell(hide_code=True)
-def _(pool, run):
+def _(pool, run, sheet):
     _others = kv.others(pool)
-    pictures.drawn(pages.sheet(), lambda: kv.others_chart(pool, _others, run))
+    pictures.drawn(sheet, lambda: kv.others_chart(pool, _others, run))
     return
 
 

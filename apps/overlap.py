@@ -11,8 +11,9 @@ with app.setup:
 
 @app.cell(hide_code=True)
 def _():
+    sheet = pages.sheet()
     pages.heading("overlap")
-    return
+    return (sheet,)
 
 
 @app.cell(hide_code=True)
@@ -40,8 +41,8 @@ def _(left, right):
 
 
 @app.cell(hide_code=True)
-def _(chosen, machine, served):
-    pictures.drawn(pages.sheet(), lambda: overlap.rates_chart(machine, served, chosen))
+def _(chosen, machine, served, sheet):
+    pictures.drawn(sheet, lambda: overlap.rates_chart(machine, served, chosen))
     return
 
 
@@ -53,14 +54,14 @@ def _(chosen, machine, served):
 
 
 @app.cell(hide_code=True)
-def _(chosen, seen, stretch):
-    pages.side_by_side(chosen, seen, overlap.STRETCHES[stretch.value])
+def _(chosen, seen, sheet, stretch):
+    pages.side_by_side(chosen, seen, overlap.STRETCHES[stretch.value], sheet)
     return
 
 
 @app.cell(hide_code=True)
-def _(chosen, served):
-    pictures.drawn(pages.sheet(), lambda: overlap.latency_chart(served, chosen))
+def _(chosen, served, sheet):
+    pictures.drawn(sheet, lambda: overlap.latency_chart(served, chosen))
     return
 
 

@@ -11,8 +11,9 @@ with app.setup:
 
 @app.cell(hide_code=True)
 def _():
+    sheet = pages.sheet()
     pages.heading("policy_lab")
-    return
+    return (sheet,)
 
 
 @app.cell(hide_code=True)
@@ -66,10 +67,10 @@ def _(blocks, entry, load, machine, seeds):
 
 
 @app.cell(hide_code=True)
-def _(course, entry, goal, laps):
+def _(course, entry, goal, laps, sheet):
     aim = trial.GOALS[goal.value]
     mo.vstack([
-        pictures.drawn(pages.sheet(), lambda: charts.race_chart(laps, aim, entry.seam)),
+        pictures.drawn(sheet, lambda: charts.race_chart(laps, aim, entry.seam)),
         mo.md(charts.leaderboard_table(trial.leaderboard(laps, aim, entry.seam), aim, course.seeds)),
         mo.hstack([mo.download(lambda: pictures.png("light", lambda: charts.race_chart(laps, aim, entry.seam)), filename="race.png",
                     mimetype="image/png", label="Save the figure")], justify="start"),
@@ -85,8 +86,8 @@ def _(entry, laps):
 
 
 @app.cell(hide_code=True)
-def _(course, entry):
-    mo.accordion({"Head to head: the default and yours, request by request": mo.lazy(lambda: pages.head_to_head(entry, course))})
+def _(course, entry, sheet):
+    mo.accordion({"Head to head: the default and yours, request by request": mo.lazy(lambda: pages.head_to_head(entry, course, sheet))})
     return
 
 

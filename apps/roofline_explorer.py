@@ -13,8 +13,9 @@ with app.setup:
 
 @app.cell(hide_code=True)
 def _():
+    sheet = pages.sheet()
     pages.heading("roofline_explorer")
-    return
+    return (sheet,)
 
 
 @app.cell(hide_code=True)
@@ -78,9 +79,9 @@ def _(
 
 
 @app.cell(hide_code=True)
-def _(both):
+def _(both, sheet):
     mo.vstack([
-        pictures.modelled(pages.sheet(), lambda: roof.roofline_chart(*both)),
+        pictures.modelled(sheet, lambda: roof.roofline_chart(*both)),
         mo.md(roof.table(both)),
     ])  # fmt: skip
     return
@@ -94,20 +95,19 @@ def _(both):
 
 
 @app.cell(hide_code=True)
-def _(both, lenses):
+def _(both, lenses, sheet):
     _gains = roof.gains(both[0], lenses.value)
-    _drawn = pictures.modelled(pages.sheet(), lambda: charts.lens_gains(_gains, f"{both[0].setup.label} (modelled)"))
+    _drawn = pictures.modelled(sheet, lambda: charts.lens_gains(_gains, f"{both[0].setup.label} (modelled)"))
     mo.vstack([lenses, _drawn if _gains else mo.md("Choose a technique.")])
     return
 
 
 @app.cell(hide_code=True)
-def _(both):
-    _sheet = pages.sheet()
+def _(both, sheet):
     mo.ui.tabs({
-        "Joules of a token (A)": pictures.modelled(_sheet, lambda: charts.energy_waterfall(both[0].step, both[0].case.tokens)),
-        "Where the time goes": pictures.modelled(_sheet, lambda: charts.time_stack({p.setup.label: p.step for p in both})),
-        "What fits": pictures.modelled(_sheet, lambda: roof.memory_chart(both)),
+        "Joules of a token (A)": pictures.modelled(sheet, lambda: charts.energy_waterfall(both[0].step, both[0].case.tokens)),
+        "Where the time goes": pictures.modelled(sheet, lambda: charts.time_stack({p.setup.label: p.step for p in both})),
+        "What fits": pictures.modelled(sheet, lambda: roof.memory_chart(both)),
     })  # fmt: skip
     return
 

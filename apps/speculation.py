@@ -12,8 +12,9 @@ with app.setup:
 
 @app.cell(hide_code=True)
 def _():
+    sheet = pages.sheet()
     pages.heading("speculation")
-    return
+    return (sheet,)
 
 
 @app.cell(hide_code=True)
@@ -39,12 +40,12 @@ def _(batch, policy, source, task, tokens):
 
 
 @app.cell(hide_code=True)
-def _(run, where, without):
+def _(run, sheet, where, without):
     _same = "All answers are the same, token by token." if spec.same_answers(run, without) else "**Some answers differ.**"
     mo.vstack([
         words.headline(spec.finding(run, without)),
         mo.md(f"{where} {_same}"),
-        pictures.drawn(pages.sheet(), lambda: figures.speculation_strip(run)),
+        pictures.drawn(sheet, lambda: figures.speculation_strip(run)),
     ])  # fmt: skip
     return
 

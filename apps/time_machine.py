@@ -14,8 +14,9 @@ with app.setup:
 
 @app.cell(hide_code=True)
 def _():
+    sheet = pages.sheet()
     pages.heading("time_machine")
-    return
+    return (sheet,)
 
 
 @app.cell(hide_code=True)
@@ -41,8 +42,8 @@ def _(chosen, here, path, upload):
 
 
 @app.cell(hide_code=True)
-def _(run):
-    shown = mo.ui.anywidget(Timeline(run, theme=pages.page_theme()))
+def _(run, sheet):
+    shown = mo.ui.anywidget(Timeline(run, theme=sheet.theme))
     shown
     return (shown,)
 
@@ -67,16 +68,25 @@ def _(run, seam):
 
 
 @app.cell(hide_code=True)
-def _(policy, seam, step):
-    fork = mo.ui.run_button(label=f"Fork after step {step}")
-    mo.hstack([seam, policy, fork], justify="start", gap=1)
-    return (fork,)
+def _(run, step):
+    others = traces.others(run, step)
+    other = mo.ui.dropdown(list(others), value=next(iter(others), None), label="or with another choice in this step, once")
+    return other, others
 
 
 @app.cell(hide_code=True)
-def _(fork, policy, run, seam, step):
-    mo.stop(not fork.value, mo.md("A fork replays the recorded history up to that step and simulates what follows."))
-    words.forked(run, step, seam.value, policy.value, pages.sheet())
+def _(other, others, policy, seam, step):
+    fork = mo.ui.run_button(label=f"Fork after step {step}")
+    take = mo.ui.run_button(label="Fork here with this one")
+    mo.vstack([mo.hstack([seam, policy, fork], justify="start", gap=1), *([mo.hstack([other, take], justify="start", gap=1)] if others else [])])
+    return fork, take
+
+
+@app.cell(hide_code=True)
+def _(fork, other, others, policy, run, seam, sheet, step, take):
+    mo.stop(not (fork.value or take.value), mo.md("A fork replays the recorded history up to that step and simulates what follows."))
+    _forced = others[other.value] if take.value else None
+    words.forked(run, _forced.at, _forced.seam, _forced, sheet) if _forced else words.forked(run, step, seam.value, policy.value, sheet)
     return
 
 
@@ -94,9 +104,9 @@ def _(picture):
 
 
 @app.cell(hide_code=True)
-def _(limit, picture, run, step):
+def _(limit, picture, run, sheet, step):
     _look = album.Look(step, limit.value / 1e3)
-    pictures.drawn(pages.sheet(), lambda: album.pictures()[picture.value](run, _look))
+    pictures.drawn(sheet, lambda: album.pictures()[picture.value](run, _look))
     return
 
 

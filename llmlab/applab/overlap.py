@@ -303,7 +303,7 @@ def latency_chart(found: Mapping[str, Served], chosen: Sequence[str]) -> Any:
     colour = alt.Color("where:N", legend=None, scale=alt.Scale(domain=list(LIVED.values()), range=[c.decode, c.transfer, c.prefill]))
     axis = alt.Axis(values=[0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], format="~g")
     low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
-    x = alt.X("low:Q", title="seconds per token (logarithmic)", axis=axis, scale=alt.Scale(type="log", domain=[low / 1.2, high * 2.2], nice=False))
+    x = alt.X("low:Q", title="seconds per token (logarithmic)", axis=axis, scale=alt.Scale(type="log", domain=[low / 1.2, high * 3.2], nice=False))
     bars = alt.Chart(data(rows)).mark_bar(height=12, opacity=0.45, cornerRadius=4).encode(x=x, x2="high:Q", y=y, color=colour)
     dots = alt.Chart(data(rows)).mark_point(filled=True, size=110, opacity=1).encode(x="x:Q", y=y, color=colour)
     text = alt.Chart(data(rows)).mark_text(align="left", dx=8).encode(x="high:Q", y=y, text="label:N")

@@ -31,7 +31,8 @@ def heading(name: str) -> Any:
 
 def sheet() -> Sheet:
     """What to draw on: the theme that the visitor of this page chose, or marimo's own setting where no page was asked for,
-    and the width of the browser's window when the page was opened."""
+    and the width of the browser's window when the page was opened. Ask in a page's first cell and hand it on: what a
+    widget's message or a lazy element computes later knows no page."""
     import marimo as mo
 
     meta = mo.app_meta()
@@ -39,11 +40,6 @@ def sheet() -> Sheet:
     chosen, width = cookies.get(THEME_COOKIE), str(cookies.get(WIDTH_COOKIE, ""))
     theme = str(chosen) if chosen in ("light", "dark") else "dark" if meta.theme == "dark" else "light"
     return Sheet(theme, int(width)) if width.isdecimal() else Sheet(theme)
-
-
-def page_theme() -> str:
-    """ "light" or "dark": the theme of this page's sheet."""
-    return sheet().theme
 
 
 def recorded(name: str) -> Run:
@@ -68,10 +64,10 @@ def race(entry: Trial, course: Course) -> list[Lap]:
         return trial.race(entry, course, entry.seam, lambda: bar.update())
 
 
-def head_to_head(entry: Trial, course: Course) -> Any:
+def head_to_head(entry: Trial, course: Course, on: Sheet) -> Any:
     """Two timelines of the first seed: the default and your policy."""
     a, b = trial.head_to_head(entry, course, entry.seam)
-    return pictures.drawn(sheet(), lambda: figures.policy_race(a.run, b.run, (a.policy, b.policy), 30))
+    return pictures.drawn(on, lambda: figures.policy_race(a.run, b.run, (a.policy, b.policy), 30))
 
 
 # ------------------------------------------------------------------------------- CPU and GPU in parallel
@@ -106,10 +102,10 @@ def iterations(of: overlap.Machine, chosen: Sequence[str]) -> list[overlap.Glimp
         return [overlap.glimpse(of, name) for name in chosen]
 
 
-def side_by_side(chosen: Sequence[str], seen: Sequence[overlap.Glimpse], until: float | None) -> Any:
+def side_by_side(chosen: Sequence[str], seen: Sequence[overlap.Glimpse], until: float | None, on: Sheet) -> Any:
     """Their iterations on one scale; one below the other where the page is narrow."""
     import marimo as mo
 
     end = min(until or float("inf"), max(one.length for one in seen))
-    drawn = [pictures.drawn(sheet(), partial(overlap.gantt, name, one, end)) for name, one in zip(chosen, seen)]
+    drawn = [pictures.drawn(on, partial(overlap.gantt, name, one, end)) for name, one in zip(chosen, seen)]
     return mo.hstack([panel.style(flex="1 1 420px", min_width="0") for panel in drawn], gap=1.5, wrap=True)

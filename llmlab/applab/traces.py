@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from llmlab import instead
 from llmlab.applab.gallery import recorded_runs
 from llmlab.comparing import Comparison, compare
 from llmlab.events import catalog as ev
@@ -15,6 +16,7 @@ from llmlab.plugins import REGISTRIES
 from llmlab.runs import Run
 from llmlab.types import LabError, TraceError
 from llmlab.ui.chart import seconds
+from llmlab.ui.inspector import Forced, forced
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 FORKED_SEAMS = ("ordering", "admission", "composer", "victim", "tiering")
@@ -121,13 +123,26 @@ def choices(run: Run, seam: str) -> list[str]:
     return [name for name in REGISTRIES[seam].names() if name != run.started.config.get(seam)]
 
 
-def forked(run: Run, at: int, seam: str, policy: str) -> Forked:
-    """Continue `run` after step `at` under `policy`, and, for a fair comparison, as it was: both simulated. Raises
-    LabError."""
+def others(run: Run, step: int) -> dict[str, Forced]:
+    """What else could have been decided in `step`, by the words of a menu, as far as a fork can force it."""
+    found = {}
+    for event in run.events("Decision", step=step):
+        for one in event.alternatives:
+            try:
+                found[f"{event.seam}: {one.option} instead of {event.chosen}"] = forced(run, event.seq, one.option)
+            except LabError:  # a decision of another kind, or one that was not possible
+                continue
+    return found
+
+
+def forked(run: Run, at: int, seam: str, policy: str | Forced) -> Forked:
+    """Continue `run` after step `at` under `policy`, or with one other choice, and, for a fair comparison, as it was: both
+    simulated. Raises LabError."""
     as_it_was = run if run.mode == "simulated" else run.fork(at)
-    changes: dict[str, Any] = {seam: policy}
+    plugin = getattr(instead, policy.plugin)(policy.option, policy.step, policy.asker, policy=policy.policy) if isinstance(policy, Forced) else policy
+    changes: dict[str, Any] = {seam: plugin}
     changed = run.fork(at, **changes)
-    return Forked(as_it_was, changed, compare(as_it_was, changed), at, seam, policy)
+    return Forked(as_it_was, changed, compare(as_it_was, changed), at, seam, policy if isinstance(policy, str) else f"{policy.option} instead")
 
 
 def fork_finding(fork: Forked) -> str:

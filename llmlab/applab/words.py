@@ -12,6 +12,7 @@ from llmlab.runs import Run
 from llmlab.types import LabError
 from llmlab.ui import figures
 from llmlab.ui.chart import count, percent, seconds
+from llmlab.ui.inspector import Forced
 
 
 def beginning(live: LiveEngine) -> Any:
@@ -97,7 +98,7 @@ def verdict(entry: Trial) -> Any:
     return mo.callout(mo.md(text), kind="success" if report.ok else "warn")
 
 
-def forked(run: Run, at: int, seam: str, policy: str, sheet: pictures.Sheet) -> Any:
+def forked(run: Run, at: int, seam: str, policy: str | Forced, sheet: pictures.Sheet) -> Any:
     """A fork and its parent: the finding, where they part, and both timelines."""
     import marimo as mo
 
@@ -105,7 +106,7 @@ def forked(run: Run, at: int, seam: str, policy: str, sheet: pictures.Sheet) -> 
         fork = traces.forked(run, at, seam, policy)
     except LabError as error:
         return mo.callout(mo.md(f"**No fork.** {error.problem}. {error.way_out}"), kind="danger")
-    names = ("as it was", f"{seam} {policy}")
+    names = ("as it was", f"{seam} {fork.policy}")
     race = pictures.drawn(sheet, lambda: figures.policy_race(fork.as_it_was, fork.changed, names, 40))
     told = mo.md(f"Both continuations are simulated. {fork.comparison.parted}")
     return mo.vstack([headline(traces.fork_finding(fork)), told, race], gap=0)

@@ -104,9 +104,29 @@ def card_finding(run: Run, decision: ev.Decision) -> str:
     return f"{said} for {seconds(mine)}; the next best, {best.option[:40]}, was predicted to cost {seconds(cost)}"
 
 
+class Forced(NamedTuple):
+    """One option to be taken instead: the run is forked after step `at`, and in step `step`, on behalf of the request
+    `asker`, the plug-in `plugin` of `llmlab.instead` answers `option`; otherwise `policy` decides."""
+
+    at: int
+    seam: str
+    plugin: str
+    option: str
+    step: int
+    asker: str | None
+    policy: str
+
+
 def fork_call(run: Run, seq: int, option: str) -> str:
-    """The two lines that fork the run right before this decision and take `option` instead, once. Raises TraceError if the
-    decision has no such option, or none of a kind that a fork can force (victims and tiers)."""
+    """The two lines that fork the run right before this decision and take `option` instead, once. Raises as `forced`."""
+    f = forced(run, seq, option)
+    return (f"from llmlab.instead import {f.plugin}\n"
+            f"run.fork(at={f.at}, {f.seam}={f.plugin}({f.option!r}, {f.step}, {f.asker!r}, policy={f.policy!r}))")  # fmt: skip
+
+
+def forced(run: Run, seq: int, option: str) -> Forced:
+    """How to take `option` in this decision. Raises TraceError if the decision has no such option, or none of a kind that
+    a fork can force (victims and tiers)."""
     decision = decision_of(run, seq)
     if decision.seam not in FORKED:
         raise TraceError("seq", seq, f"is a decision of the seam {decision.seam}", f"A fork can force {' and '.join(FORKED)}; "
@@ -121,8 +141,7 @@ def fork_call(run: Run, seq: int, option: str) -> str:
     before = [e for e in run.events(ev.Decision, step=decision.step) if e.seam == decision.seam and e.seq < seq]
     if any(_asker(run, e) == who for e in before):
         raise TraceError("seq", seq, f"is not the first decision of its step on {who}", f"Fork at {before[0].seq}.")
-    return (f"from llmlab.instead import {name}\n"
-            f"run.fork(at={done[-1]}, {decision.seam}={name}({option!r}, {decision.step}, {who!r}, policy={decision.policy!r}))")  # fmt: skip
+    return Forced(done[-1], decision.seam, name, option, decision.step, who, decision.policy)
 
 
 def _asker(run: Run, decision: ev.Decision) -> str | None:

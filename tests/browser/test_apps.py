@@ -172,7 +172,7 @@ def test_policy_lab(browser: Any, lab: str, screenshots: Path) -> None:
            lambda: page.says("AttributeError") and page.says("Line 3"), "the error is not explained")
     page.save(screenshots, "policy_lab_error_light_1280")
     submit(page, "class Endless:\n    def key(self, request, now):\n        while True:\n            pass\n",
-           lambda: page.says("It does not race") and page.says("seconds"), "a loop without end is not stopped")
+           lambda: page.says("has not come to an end"), "a loop without end is not stopped")
     submit(page, "class Newest:\n    def key(self, request, now):\n        return -request.arrival\n",
            lambda: "Newest (yours)" in finding(page), "a mended policy does not race")
     page.close()
@@ -204,6 +204,10 @@ def test_time_machine(browser: Any, lab: str, screenshots: Path, tmp_path: Path)
     assert "Both continuations are simulated" in page.text()
     page.save(screenshots, "time_machine_light_1280")
     page.becomes(lambda: page.page.locator(".vega-embed").count() >= 2, "there is no other picture")
+    page.page.locator(".llt button", has_text="›").nth(0).click()
+    page.becomes(lambda: "What was decided in step 197" in finding(page), "the step does not go on")
+    page.press("Fork here with this one")
+    page.becomes(lambda: re.search("With (victim|tiering) .* instead from step 196", finding(page)) is not None, "no other choice is taken")
     page.changes(lambda: finding(page), lambda: page.slide("limit, ms", "ArrowRight", 2), "limit")
     for words in ("the decision of this step", "everything in a window of time", "what each step computes"):
         page.changes(lambda: finding(page), lambda w=words: page.choose("another picture of this run", w), words)

@@ -33,6 +33,17 @@ def test_it_can_be_forked_and_both_continuations_are_simulated(first_look: Run) 
     assert ratio is not None and f"{abs(ratio - 1):.0%}" in said and "step 100" in said
 
 
+def test_every_other_choice_of_a_step_can_be_taken_once(first_look: Run) -> None:
+    victim = next(e for e in first_look.events("Decision") if e.seam == "victim" and len(e.alternatives) > 2)
+    others = traces.others(first_look, victim.step)
+    assert len(others) >= 3 and traces.others(first_look, 0) == {}
+    words, forced = next(item for item in others.items() if item[0].startswith("victim"))
+    fork = traces.forked(first_look, forced.at, forced.seam, forced)
+    assert forced.option in words and fork.policy == f"{forced.option} instead"
+    lost = [e.request for e in fork.changed.events("RequestPreempted", step=victim.step)]
+    assert lost[:1] == [forced.option] != [victim.chosen]
+
+
 def test_a_history_is_the_same_under_another_cost_model(first_look: Run) -> None:
     def dearer(event: ev.Event) -> ev.Event:
         return msgspec.structs.replace(event, predicted=Cost(9.0)) if isinstance(event, ev.StepPlanned) else event
