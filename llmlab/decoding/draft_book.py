@@ -26,7 +26,7 @@ SIBLING = 0.3  # the chance of a second choice where the first one failed, until
 GRAIN = 64  # tokens: texts are priced as if their lengths were multiples of it
 FIRST_WAIT, LONGEST_WAIT = 16, 1024  # plans without drafts after which drafts are tried again
 BRIEF = 2  # drafting that ends after so many plans did not pay
-EVERY, CHECKED = 8, 4  # plans: of those without drafts one in so many is weighed anew; where nothing changes one in so many is timed
+EVERY, CHECKED = 16, 8  # plans: of those without drafts one in so many is weighed anew; where nothing changes one in so many is timed
 SETTLED = 8  # plans with drafts in a row after which nothing changes much
 ROUNDS = 16  # over which a source makes up for the texts that it must read before it drafts
 

@@ -93,7 +93,7 @@ class ByGoodput:
     name = "goodput"
     rests = True
 
-    def __init__(self, margin: float = 1.15, enough: float = 1.03) -> None:
+    def __init__(self, margin: float = 1.1, enough: float = 1.03) -> None:
         self.margin, self.enough = margin, enough
 
     def lengths(self, view: EngineView, items: Sequence[WorkItem], outlook: DraftOutlook) -> DraftLengths:
