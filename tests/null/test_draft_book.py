@@ -121,9 +121,9 @@ def test_goodput_stops_where_rounds_take_longer_than_their_price() -> None:
     for slow in (1.0, 3.0):
         one = book(longest=4)
         rounds = [one.seconds(items(4), k) for k in range(5)]
-        told(one, lambda step, taken=rounds[0]: taken, 4, 4, 0)  # type: ignore[misc]
+        told(one, lambda step, taken=rounds[0]: taken, 20, 4, 0)  # type: ignore[misc]
         for k in (2, 4):
-            told(one, lambda step, taken=slow * rounds[k]: taken, 12, 4, k)  # type: ignore[misc]
+            told(one, lambda step, taken=slow * rounds[k]: taken, 24, 4, k)  # type: ignore[misc]
         lengths.append(ByGoodput().lengths(view([0.8] * 4), items(4), one.outlook()).lengths[0])
     assert lengths[0] == 4 and lengths[1] == 0
 
@@ -131,10 +131,10 @@ def test_goodput_stops_where_rounds_take_longer_than_their_price() -> None:
 def test_silence_counts_as_no_token_and_costs_no_verification() -> None:
     one = book(longest=4)
     assert one.tokens(0.8, 4) == pytest.approx(expected_tokens(0.8, 4))
-    told(one, lambda step: 1e-3, 600, 1, 4, came=0)
+    told(one, lambda step: 1e-3, 1500, 1, 4, came=0)
     assert one.tokens(0.8, 4) < 1.01 and one.seconds(items(1), 4) == pytest.approx(one.seconds(items(1), 0))
     brief = book(longest=4)
-    told(brief, lambda step: 1e-3, 600, 1, 4, came=1)
+    told(brief, lambda step: 1e-3, 1500, 1, 4, came=1)
     assert brief.tokens(0.8, 4) == pytest.approx(1.8, abs=0.01), "one draft, whatever was asked for"
     unsure = book(longest=4)
     for _ in range(200):  # silent behind a draft that fails, never behind one that holds
