@@ -18,6 +18,7 @@ from llmlab.decoding.draft_heads import FILE, DraftHeads, HeadWeights, save_head
 from llmlab.events import catalog as ev
 from llmlab.models.loader import load_model
 from llmlab.models.zoo import shipped_models
+from llmlab.replaying import replay_decisions
 from llmlab.runs import Run
 from llmlab.seams import DraftContext, Proposal
 from llmlab.training import heads
@@ -122,6 +123,21 @@ def test_heads_by_name(trained: Any, fields: dict[str, Any], oracle: Oracle) -> 
         assert [tokens_of(done[name]) for name in names] == [[oracle.greedy(prompt, 16)] for prompt in prompts]
     metrics = Run.of(engine.log).metrics
     assert metrics.drafted_tokens >= metrics.accepted_tokens > 0 and not engine.log.filter(ev.PolicyFailed)
+
+
+@pytest.mark.parametrize(("source", "tree"), [("heads", None), ("lab-xs", "2x2x1")])
+@pytest.mark.parametrize("policy", ["goodput", "ewma"])
+def test_what_a_measured_run_learned_of_its_drafts_a_replay_learns_too(source: str, tree: str | None, policy: str, tmp_path: Path) -> None:
+    """From the file alone: the times and results that the log holds."""
+    params, file = SamplingParams(max_tokens=40, temperature=0.0), tmp_path / "run.jsonl.zst"
+    with llmlab.LLM("lab-s", speculation=source, num_speculative_tokens=5, draft_tree=tree, draft_policy=policy, num_threads=1) as llm:
+        for prompt in ("12*34+5?", "37*46-23*58?"):
+            llm.generate(prompt, params)
+        Run(llm.log).save(file)
+        known = llm.engine.scheduler.policies.drafting.book  # type: ignore[union-attr]
+    run = Run.load(file)
+    assert run.started.model["draft"] and len(run.steps) > 8 and known.outlook().acceptance is not None
+    assert replay_decisions(run).differences == []
 
 
 def test_a_proposal_ends_before_a_token_that_is_not_likely_enough(trained: Any, oracle: Oracle) -> None:
