@@ -201,8 +201,10 @@ def ride(directory: Path, seed: int, chained: bool, **fields: Any) -> list[tuple
     """What is drafted and verified while requests come, go, are preempted and share prefixes."""
     dice = random.Random(seed)
     with tiny_engine(directory, kernels="numba", **fields) as engine:
+        model = engine.executor._drafter._source._model  # type: ignore[attr-defined]
+        assert model._chain is not None
         if not chained:
-            engine.executor._drafter._source._model.__dict__["_chain"] = None  # type: ignore[attr-defined]
+            model.__dict__["_chain"] = None
         for i in range(dice.randint(3, 8)):
             params = greedy(dice.choice([1, 5, 14]), n=dice.choice([1, 1, 2]))
             if dice.random() < 0.2:  # drafts for a row that samples are made pass by pass, beside the others
@@ -242,6 +244,19 @@ def test_chains_draft_what_passes_draft(source: str, fields: dict[str, Any], see
     """Prompts in chunks, preemptions, aborts, prefix hits, rows that sample: with chains and without, the same story."""
     fields |= {"speculation": str(tiny) if source == "itself" else source}
     assert ride(tiny, seed, True, **fields) == ride(tiny, seed, False, **fields)
+
+
+def test_a_chain_reads_a_shared_prompt_once(tiny: Path) -> None:
+    """Long texts are read in one pass up to their last token, and what the prefix cache finds is not read again."""
+    read: list[list[int]] = []
+    with tiny_engine(tiny, kernels="numba", num_blocks=100, speculation=str(tiny), num_speculative_tokens=3) as engine:
+        source = engine.executor._drafter._source  # type: ignore[attr-defined]
+        run = source._run
+        source._run = lambda feeds, last: (read.append([len(feed.ids) for feed in feeds]), run(feeds, last))[1]
+        for _ in range(2):
+            engine.add_request(PROMPTS[4], greedy(7))
+            serve(engine)
+    assert read[0] == [len(PROMPTS[4])] and sum(map(sum, read[1:])) <= len(PROMPTS[4]) - 16
 
 
 def test_a_model_that_chains_for_itself_is_always_right(tiny: Path) -> None:

@@ -154,7 +154,7 @@ def test_parts_of_the_cache_merge_to_the_whole(numba: Kernels, seed: int, data: 
 
 # ------------------------------------------------------------------------------- linear and rows
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 5, 11, 97])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9, 11, 97])
 @pytest.mark.parametrize(("depth", "columns"), [(48, 100), (600, 2 * PANEL), (33, 7)])
 def test_linear(
     numba: Kernels, torch_set: Kernels, dtype: torch.dtype, rows: int, depth: int, columns: int
