@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from llmlab.teaching.front import Shown, collecting
 from llmlab.teaching.scripts import Cell, Lesson, steps
+from llmlab.ui.theme import recoloured_svg
 
 
 class Page(NamedTuple):
-    """Markdown, and the pictures that it refers to, by file name."""
+    """Markdown, and the pictures that it refers to, by file name: each in the colours of light and of dark pages."""
 
     text: str
     pictures: dict[str, str]
@@ -49,9 +50,9 @@ def _words(cell: Cell) -> str:
 
 def _result(lesson: Lesson, one: Shown, pictures: dict[str, str]) -> str:
     if one.kind == "picture":
-        name = f"{lesson.number}_{len(pictures):02}.svg"
-        pictures[name] = one.content
-        return f"![{one.alt}]({name})"
+        name = f"{lesson.number}_{len(pictures) // 2:02}"
+        pictures[f"{name}.svg"], pictures[f"{name}.dark.svg"] = one.content, recoloured_svg(one.content, "light", "dark")
+        return f"![{one.alt}]({name}.svg#only-light)![{one.alt}]({name}.dark.svg#only-dark)"
     if one.kind == "text":
         return f"```text\n{one.content}\n```"
     return one.content

@@ -82,9 +82,9 @@ def test_a_page_of_a_lesson_shows_what_its_code_showed() -> None:
     page = lesson_page(lesson)
     assert page.text.startswith("# 02 ")
     assert page.text.count('<details markdown="1">') == 3
-    assert len(page.pictures) >= 3
+    assert len(page.pictures) >= 6
     for name in page.pictures:
-        assert f"]({name})" in page.text
+        assert f"]({name}#only-{'dark' if '.dark.' in name else 'light'})" in page.text
     assert "lesson-box failed" in page.text
 
 
