@@ -12,7 +12,7 @@ from llmlab.types import LabError
 from llmlab.ui.offline import answer
 from llmlab.ui.widget import Timeline
 
-BEAT = 0.04  # seconds between two batches of events: up to 25 a second
+BEAT = 0.037  # seconds between two batches of events: up to 27 a second
 BEATS_PER_ANSWER = 20  # while somebody reads why an unfinished request is late
 KEPT_STEPS = 1500  # that a page can scroll back
 

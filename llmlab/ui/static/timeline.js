@@ -68,7 +68,7 @@ const CSS = `
 const LEFT = 46, RIGHT = 10, AXIS = 20;
 const SLOTS = [6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 100, 128, 160, 200, 260, 340, 440, 580, 760, 1000];
 const SECONDS_ON_SCREEN = 30; // a whole run at speed 1
-const LIVE_MS = 110; // between two pictures of a live run, however often its data come
+const LIVE_MS = 120; // between two pictures of a live run, however often its data come
 const WORDS_MS = 330; // between two texts (and walls) while pictures move: nobody reads faster, and a new word makes the page lay itself out
 const SHARE = 30; // a picture of a live run may take one part in so many of the time: a slow machine draws fewer
 const SLOW_MS = 500; // between two pictures of what changes slowly while a live run is followed
