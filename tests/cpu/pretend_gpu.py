@@ -158,12 +158,13 @@ class Graph:
 
 
 class PretendGpu(TorchFunctionMode):
-    """See the module. `free`, `total`: bytes that the device says it has."""
+    """See the module. `free`, `total`, `reserved`: bytes that the device says it has, and that torch holds without need."""
 
     def __init__(self, capability: Capability) -> None:
         super().__init__()
         self.capability, self.noted = capability, list[Noted]()
         self.free = self.total = int(capability.memory_bytes)
+        self.reserved = 0  # that torch holds and nobody uses
         self._local = threading.local()
         self._pinned: set[int] = set()
         self.main, self._count = Stream(self, "main"), 0
@@ -365,9 +366,9 @@ def pretend_gpu(capability: Capability, monkeypatch: pytest.MonkeyPatch) -> Iter
         "is_available": lambda: True, "current_stream": lambda device=None: gpu.current, "Stream": gpu.new_stream,
         "default_stream": lambda device=None: gpu.main,
         "Event": lambda enable_timing=False: Event(gpu), "CUDAGraph": lambda: Graph(gpu), "graph": gpu.record, "stream": gpu.on,
-        "mem_get_info": lambda device=None: (gpu.free, gpu.total), "memory_reserved": lambda device=None: 0,
+        "mem_get_info": lambda device=None: (gpu.free, gpu.total), "memory_reserved": lambda device=None: gpu.reserved,
         "get_device_properties": lambda device=None: properties, "get_device_name": lambda device=None: capability.name,
-        "synchronize": lambda device=None: gpu.note("wait", "device"), "empty_cache": lambda: None,
+        "synchronize": lambda device=None: gpu.note("wait", "device"), "empty_cache": lambda: setattr(gpu, "reserved", 0),
     }  # fmt: skip
     for name, value in faked.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -18,8 +18,10 @@ from pretend_gpu import PretendGpu, pretend_gpu
 
 from llmlab import Engine, SamplingParams
 from llmlab.events import catalog as ev
+from llmlab.execution.device_line import CudaLine
 from llmlab.execution.hybrid import Copy, Link
 from llmlab.execution.stream_executor import StreamExecutor
+from llmlab.execution.swap import STAGED, HostTier
 from llmlab.kernels.capability import capability_of
 
 GREEDY = greedy(9)
@@ -114,6 +116,33 @@ def test_every_way_of_running_works_with_tensors_on_two_devices(gpu: PretendGpu,
     if fields.get("kernels") == "torch" and card == "h200":
         pytest.skip("once is enough")
     serve(engine_of(model, **{"kernels": "triton", "overlap_depth": 0, **fields}), greedy(20))
+
+
+@pytest.mark.parametrize("card", ["h200"])
+def test_staging_is_not_written_again_before_it_was_copied(gpu: PretendGpu) -> None:
+    caches = [(torch.zeros(64, 2, 16, 8, device="cuda"), torch.zeros(64, 2, 16, 8, device="cuda"))]
+    tier, began = HostTier(caches, 64, CudaLine(torch.device("cuda"))), len(gpu.noted)
+    tier.swap_out(range(STAGED + 2), range(STAGED + 2))
+    told = list(enumerate(gpu.noted))[began:]
+    gathers = [at for at, n in told if n.what == "gather"]
+    copied = [at for at, n in told if n.what == "copy" and not n.detail.up]
+    second = next(at for at in gathers if at > copied[0])
+    waited = [n.detail for at, n in told if n.what == "wait event" and n.stream == "main" and at < second]
+    assert waited and max(waited) > max(at for at in copied if at < second), "the second gather waits for the first copies"
+
+
+@pytest.mark.parametrize("card", ["h200"])
+def test_the_pool_leaves_room_for_experts_to_come_and_takes_what_loading_left(gpu: PretendGpu) -> None:
+    def blocks(slots: int, reserved: int = 0) -> int:
+        gpu.free, gpu.total, gpu.reserved = 700 << 20, 700 << 20, reserved
+        engine = engine_of("lab-moe", weights="lru", num_expert_slots=slots, overlap_depth=0, max_num_seqs=4096)
+        return engine.scheduler.memory.pool.num_blocks
+
+    few = blocks(4)
+    shape = engine_of("lab-moe", weights="lru", num_expert_slots=4, overlap_depth=0).model.shape
+    each = 3 * shape.hidden_size * shape.moe_intermediate_size * 2 / (16 * shape.kv_bytes_per_token("bf16"))
+    assert few - blocks(12) == pytest.approx(8 * each, abs=1) and each > 1
+    assert blocks(4, reserved=100 << 20) == few
 
 
 @pytest.mark.parametrize("card", ["h200"])
