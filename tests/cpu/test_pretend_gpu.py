@@ -221,5 +221,7 @@ def test_launches_of_a_large_model_are_aligned_and_few_kinds(gpu: PretendGpu) ->
         serve(engine, greedy(3), lengths)
     kinds: dict[str, set[Any]] = {}
     for launch in gpu.launches():
+        offsets = {name: launch.arguments[name].storage_offset() for name in ("items", "queue", "starts", "merges") if name in launch.arguments}
+        assert not any(offset * 4 % 16 for offset in offsets.values()), f"{launch.function.__name__}: {offsets}"
         kinds.setdefault(launch.function.__name__, set()).add(launch.specialization)
     assert {name: len(found) for name, found in kinds.items() if len(found) > (4 if name == "attend" else 2)} == {}
