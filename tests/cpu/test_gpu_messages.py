@@ -131,3 +131,18 @@ def test_a_step_that_runs_out_of_memory_says_what_would_help(directory: Path, mo
     name = engine.add_request([1, 2, 3])
     outputs = [output for output in engine.step() if output.request_id == name]
     assert "out of memory" in str(outputs[0].outputs[0].error) and "max_num_batched_tokens" in str(outputs[0].outputs[0].error)
+
+
+def test_run_and_tour_say_what_a_card_got(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from llmlab import tour
+    from llmlab.cli.app import app
+    from llmlab.engine import Engine
+
+    assert Engine(model="lab-xs", random_weights=True, device="cpu", kernels="torch").chosen == ""
+    monkeypatch.setattr(Engine, "chosen", "t4 (sm_75, 16 GiB): float16 [why]")
+    done = CliRunner().invoke(app, ["run", "1+1?", "--model", "lab-xs", "--device", "cpu", "--kernels", "torch", "--max-tokens", "2"])
+    assert done.exit_code == 0 and "t4 (sm_75, 16 GiB): float16 [why]" in done.stderr and "t4" not in done.stdout
+    engine = Engine(model="lab-xs", random_weights=True, device="cpu", kernels="torch")
+    assert tour._kernels_line(engine).startswith("t4 (sm_75")
