@@ -11,7 +11,7 @@ from llmlab.execution.pool_plan import GRAPH_BYTES, Memory, budget_bytes, host_b
 from llmlab.execution.tensor_parallel import SIZES, check_group, divides, group_kv_bytes, group_weight_bytes
 from llmlab.kernels.capability import OLDEST, Capability, check_dtype, default_dtype
 from llmlab.kernels.quant_spec import parse_quantization
-from llmlab.types import ConfigError
+from llmlab.types import ConfigError, ModelError
 from roofline import hardware as hw
 from roofline import shapes
 from roofline.errors import RooflineError
@@ -256,6 +256,8 @@ def default_num_blocks(config: EngineConfig, backend: Backend) -> int:
         most = config.max_num_seqs * -(-backend.model.max_model_len // config.block_size)
         return max(1, min(most, int(DEFAULT_KV_BYTES // per_block)))
     memory = _memory(config, backend)
+    if backend.loaded is not None and on_gpu:
+        per_block += _draft_bytes(config, backend.loaded).per_token * config.block_size
     blocks = kv_blocks(memory, per_block, budget)
     if blocks < 1:
         narrow = {name: weight_bytes(backend.model.shape, Precision.parse(parse_quantization(name).precision(16)))
@@ -300,7 +302,30 @@ def _memory(config: EngineConfig, backend: Backend) -> Memory:
     free, total = torch.cuda.mem_get_info(backend.loaded.device)
     ours = float(torch.cuda.memory_reserved(backend.loaded.device))
     coming = 0.0 if backend.offload is None else num_slots(config, shape) * _expert_bytes(shape, precision)
+    coming += _draft_bytes(config, backend.loaded).weights
     return Memory(float(total), max(0.0, total - free - ours), ours + coming, active, GRAPH_BYTES)
+
+
+class DraftBytes(NamedTuple):
+    """What a draft model takes beside the target: its weights, and KV of each token."""
+
+    weights: float = 0.0
+    per_token: float = 0.0
+
+
+def _draft_bytes(config: EngineConfig, loaded: LoadedModel) -> DraftBytes:
+    """Of the draft model that is still to be loaded, in the target's format; nothing for sources that run none."""
+    from llmlab.decoding.drafts import DRAFT_SOURCES
+    from llmlab.models.loader import shape_of
+
+    name = config.speculation
+    if not isinstance(name, str) or name in DRAFT_SOURCES.names():
+        return DraftBytes()
+    try:
+        shape, width = shape_of(name), loaded.dtype.itemsize
+    except ModelError:  # who loads it says so
+        return DraftBytes()
+    return DraftBytes(shape.num_parameters() * width, 2 * shape.num_layers * shape.kv_size * width)
 
 
 def _expert_bytes(shape: shapes.Shape, precision: Precision) -> float:

@@ -146,6 +146,21 @@ def test_the_pool_leaves_room_for_experts_to_come_and_takes_what_loading_left(gp
 
 
 @pytest.mark.parametrize("card", ["h200"])
+def test_the_pool_leaves_room_for_a_draft_model_and_its_kv(gpu: PretendGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmlab import backends, executors
+    from llmlab.models.loader import shape_of
+
+    monkeypatch.setattr(executors, "_real_drafting", lambda setup, config: executors.Redraft(None))  # what is sized, not how it drafts
+    gpu.free = gpu.total = 800 << 20
+    made = {name: engine_of("lab-s", speculation=name, max_num_seqs=4096, overlap_depth=0) for name in ("ngram", "lab-xs")}
+    blocks = {name: engine.scheduler.memory.pool.num_blocks for name, engine in made.items()}
+    draft, block = shape_of("lab-xs"), 16 * made["ngram"].model.shape.kv_bytes_per_token("bf16")
+    room = blocks["ngram"] * block - 2 * draft.num_parameters()
+    assert blocks["lab-xs"] == pytest.approx(room / (block + 16 * 4 * draft.num_layers * draft.kv_size), abs=2)
+    assert backends.DraftBytes() == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("card", ["h200"])
 def test_kv_on_its_way_to_the_host_is_gathered_beside_the_main_queue_and_after_what_wrote_it(gpu: PretendGpu) -> None:
     link = Link(torch.device("cuda"))
     device, host = (tuple(torch.zeros(4, 2, 16, 8, device=place) for _ in range(2)) for place in ("cuda", "cpu"))
