@@ -23,6 +23,7 @@ class LiveTimeline(Timeline):
     def __init__(self, live: LiveEngine, run: Run | None = None, **traits: Any) -> None:
         super().__init__(run, **traits)
         self._engine = live
+        self._unfinished = ""  # the request about which the last answer was not the last word
 
     def go_live(self) -> None:
         """Show the engine, which is loaded. One widget for both: its script is fetched once, however late it comes."""
@@ -32,14 +33,16 @@ class LiveTimeline(Timeline):
         self.follow(log, KEPT_STEPS, live.started, live.opening(next(iter(log)))[1:] if log.first_seq > 0 else ())
 
     def answer_again(self) -> None:
-        """Bring the answer on the page up to date, if it is about a request that has not finished."""
+        """Bring the answer on the page up to date, if it was given before its request had finished."""
         letter = self._engine.letters.get(self.selected)
-        if letter is not None and not letter.finished:
+        if letter is not None and (not letter.finished or self.selected == self._unfinished):
             self.send(self._answer(self.selected))
 
     def _answer(self, request: str) -> dict[str, Any]:
         if self._run is not None:
             return super()._answer(request)
+        letter = self._engine.letters.get(request)
+        self._unfinished = request if letter is None or not letter.finished else ""
         try:
             window = self._engine.window()
             assert window is not None

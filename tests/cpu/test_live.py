@@ -129,6 +129,24 @@ def test_a_pump_ends_when_nobody_holds_it_any_more(live: LiveEngine) -> None:
     assert eventually(lambda: live.num_watchers == 0)
 
 
+def test_the_last_answer_about_a_request_knows_its_end(live: LiveEngine) -> None:
+    pytest.importorskip("anywidget", reason='anywidget is not installed: pip install "llmlab[apps]"')
+    from llmlab.applab.timeline import LiveTimeline
+
+    timeline, sent = LiveTimeline(live), []
+    timeline.go_live()
+    timeline.send = sent.append
+    name = live.ask("37*46")
+    timeline.selected = name
+    assert " ended (" not in timeline._answer(name)["headline"]
+    with live.watching():
+        assert eventually(lambda: name in live.letters and live.letters[name].finished)
+    timeline.answer_again()
+    assert len(sent) == 1 and " ended (" in sent[0]["headline"]
+    timeline.answer_again()
+    assert len(sent) == 1, "nothing is new"
+
+
 def test_a_page_that_comes_late_is_told_what_was_turned_before(live: LiveEngine) -> None:
     with live.watching():
         live.turn(max_num_batched_tokens=48, num_blocks=100)
