@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import struct
 import sys
 import threading
@@ -77,6 +78,25 @@ def openmp() -> OpenMP:
     return OpenMP(enter, "torch's OpenMP")
 
 
+def parts_of(module: str) -> dict[str, Path]:
+    """The files of our kernels that a module of theirs is made of, its own among them, by the modules' names."""
+    home, found, ahead = __name__.rpartition(".")[0] + ".", dict[str, Path](), {module}
+    while ahead:
+        name = ahead.pop()
+        if name not in found and name.startswith(home):
+            found[name] = Path(str(sys.modules[name].__file__))
+            ahead |= {str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()}
+    return found
+
+
+@functools.cache
+def fingerprint(module: str) -> str:
+    """Of the sources of a module's kernels with all their parts. numba's cache asks for the file of the kernel alone and would
+    go on with machine code of parts that have changed since."""
+    parts = parts_of(module)
+    return hashlib.sha1(b"".join(parts[name].read_bytes() for name in sorted(parts))).hexdigest()[:16]
+
+
 # A region with its arguments, ready to run: (address, threads, record). Threads: all of the team, or the
 # first alone. A plain tuple: this is made some fifty times for one token of a small model.
 Call = tuple[int, int, bytes]
@@ -87,7 +107,9 @@ class Region:
 
     `body(pointer)` reads them through `record(pointer)`. Its fields are `threads` and then
     those given: integers (sizes, addresses) and, behind them, floats. The machine code is kept in
-    numba's cache: beside the sources, or in the user's cache directory where that is read-only.
+    numba's cache: beside the sources, or in the user's cache directory where that is read-only. It is found
+    there by its signature, so the record that kernels are compiled for ends with a field that nobody reads,
+    named by the sources.
     """
 
     def __init__(self, body: Callable[[Any], None], integers: str, floats: str = "") -> None:
@@ -112,7 +134,8 @@ class Region:
 
     @functools.cached_property
     def _compiled(self) -> Any:
-        record: Any = numba.from_dtype(self._record)
+        sources = np.dtype([*self._record.descr, (f"of_{fingerprint(self._body.__module__)}", np.int64)])
+        record: Any = numba.from_dtype(sources)
         signature = types.void(types.CPointer(record))  # type: ignore[no-untyped-call]
         try:
             return numba.cfunc(signature, cache=True)(self._body)
