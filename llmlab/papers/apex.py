@@ -2,8 +2,8 @@
 
 Three kinds of numbers, all simulated. *Steady state*: a fixed set of decodes, the real placement policies and the real
 timelines, step after step; cheap, so that whole maps can be drawn, and comparable with formulas by hand. *Closed loop*:
-whole requests through the whole engine, prompts and memory pressure included, each placement with the step rule that suits
-it best. *Boundary*: the pipeline forced, and the CPU speed found at which it equals the GPU alone. CPU speed is attention
+whole requests through the whole engine, prompts and memory pressure included, APEX with chunks as it wishes them, each other
+placement with the step rule that suits it best. *Boundary*: the pipeline forced, and the CPU speed found at which it equals the GPU alone. CPU speed is attention
 on the CPU over attention on the GPU ("8%").
 """
 
@@ -44,6 +44,7 @@ A10 = {"hardware": "a10", "model": "llama-3.1-8b", "kv_tokens": 26_400, "host_to
        "clients": 260}  # fmt: skip
 OUTPUTS = {(45, 55): 420, (180, 220): 420, (450, 550): 340, (900, 1100): 300}  # tokens out on the A10, and how many requests
 A10_SPEED = 8.0
+FEW = {"clients": 112, "num_requests": 450}  # on the T4: too few for overlap where the CPU is fast
 # APEX over NEO on the A10, as the authors have it, for outputs up to so many tokens.
 PUBLISHED = ((200, "about +5 %"), (500, "+17 to +31 %"), (1 << 30, "up to +37 %"))
 
@@ -169,6 +170,19 @@ class Waiting(Pipelined):
         return Placed((*near, *(replace(item, device="cpu") for item in weigher.work.away)), moves, "waits in every layer")
 
 
+class ByRows(Pipelined):
+    """NEO with a rate that counts every row of the linears, tokens of prompts too, as its code does; `neo` counts what comes out."""
+
+    name = "neo by rows"
+
+    def weigh(self, weigher: Weigher, near: tuple[WorkItem, ...], moves: tuple[Rehome, ...]) -> Placed:
+        lanes = weigher.lanes()
+        alone, pipeline = weigher.device_alone(), weigher.asymmetric(lanes)
+        if lanes.chosen and (weigher.tokens + len(lanes.chosen)) * alone.seconds > weigher.tokens * pipeline.seconds:
+            return Placed((*near, *weigher.in_lanes(lanes)), moves, pipeline.name)
+        return Placed(near, moves, alone.name)
+
+
 class OverlapOnly(Overlapped):
     """Overlap whenever there is a CPU row: no choice of mode."""
 
@@ -271,8 +285,9 @@ class Rule(NamedTuple):
 
 
 CHUNKED, LONG, SPREAD = Rule(), Rule(tokens=1024), Rule("spread")
-# What each placement is tried with; it is judged by what suits it best.
-RULES = {"gpu_only": (CHUNKED, LONG, SPREAD), "fastdecode": (CHUNKED,), "neo": (CHUNKED, LONG, SPREAD), "apex": (CHUNKED, SPREAD),
+FAR = ("gpu_only", "neo", ByRows.name, "apex")  # on the A10, and with few clients
+# What each placement is tried with. Apex is judged by chunks as it wishes them, every other one by what suits it best.
+RULES = {"gpu_only": (CHUNKED, LONG, SPREAD), "fastdecode": (CHUNKED,), "neo": (CHUNKED, LONG, SPREAD), ByRows.name: (CHUNKED, LONG), "apex": (CHUNKED, LONG, SPREAD),
          "overlap_only": (SPREAD,)}  # fmt: skip
 
 
@@ -361,49 +376,77 @@ class Tried(NamedTuple):
     output: tuple[int, int] | None
     loop: Loop
 
+    @property
+    def counts(self) -> bool:
+        """Whether its placement may be judged by it."""
+        return self.name != "apex" or self.rule != SPREAD
+
+    @property
+    def system(self) -> str:
+        """NEO is one system, however it counts."""
+        return "neo" if self.name == ByRows.name else self.name
+
 
 class Trials(NamedTuple):
-    """All closed loops: Llama-2-7B on the T4, Llama-3.1-8B on the A10."""
+    """All closed loops: Llama-2-7B on the T4, with many clients and with `few`, Llama-3.1-8B on the A10."""
 
     t4: tuple[Tried, ...] = ()
+    few: tuple[Tried, ...] = ()
     a10: tuple[Tried, ...] = ()
 
     def best(self, name: str, speed: float) -> Tried:
-        """On the T4, the placement under the rule that suits it best."""
-        return max((t for t in self.t4 if t.name == name and t.speed == speed), key=lambda t: t.loop.rate)
+        """On the T4, the placement under the rule that it is judged by."""
+        return _best(self.t4, name, speed)
 
     def far(self, output: tuple[int, int]) -> dict[str, Tried]:
-        """On the A10: each placement under the rule that suits it best."""
-        found: dict[str, Tried] = {}
-        for t in self.a10:
-            if t.output == output and (t.name not in found or t.loop.rate > found[t.name].loop.rate):
-                found[t.name] = t
-        return found
+        """On the A10: each placement under the rule that it is judged by."""
+        tried = [t for t in self.a10 if t.output == output]
+        return {name: _best(tried, name, A10_SPEED) for name in dict.fromkeys(t.system for t in tried)}
+
+    def by_hand(self) -> float:
+        """How much more than with the chunks it wishes apex makes where prompts are spread by hand, at most."""
+        pairs = [(a.loop.rate, b.loop.rate) for group in (self.t4, self.few, self.a10) for a in group for b in group
+                 if a.name == b.name == "apex" and a.rule == CHUNKED and b.rule == SPREAD and (a.speed, a.output) == (b.speed, b.output)]  # fmt: skip
+        return max((spread / wished for wished, spread in pairs), default=0.0)
+
+
+def _best(tried: Sequence[Tried], name: str, speed: float) -> Tried:
+    return max((t for t in tried if t.system == name and t.speed == speed and t.counts), key=lambda t: t.loop.rate)
 
 
 def trials(quick: bool, progress: Progress) -> Trials:
-    """Everything in whole requests; `quick`: nothing. The GPU alone asks nothing of the CPU, so its speed does not matter."""
-    speeds = () if quick else (5.0, 8.0, 10.0)
-    near = [(name, rule, speed) for speed in speeds for name in RULES for rule in RULES[name]]
-    far = [] if quick else [(name, rule, output) for output in OUTPUTS for name in ("gpu_only", "neo", "apex") for rule in (CHUNKED, SPREAD)]
-    found: list[Tried] = []
-    alone: dict[Rule, Loop] = {}
-    for i, (name, rule, speed) in enumerate(near):
-        progress(0.1 + 0.35 * i / len(near), f"T4, closed loop: {name}, {rule}, CPU at {speed:g} %")
-        loop = alone[rule] if rule in alone and name == "gpu_only" else _lean(closed_loop(_placement(name), speed, rule=rule))
-        if name == "gpu_only":
-            alone[rule] = loop
-        found.append(Tried(name, rule, speed, None, loop))
+    """Everything in whole requests; `quick`: nothing."""
+    if quick:
+        return Trials()
+    near = _on_t4(tuple(RULES), lambda done, said: progress(0.1 + 0.25 * done, f"T4, closed loop: {said}"))
+    few = _on_t4(FAR, lambda done, said: progress(0.35 + 0.1 * done, f"T4, {FEW['clients']} clients: {said}"), **FEW)
+    far = [(name, rule, output) for output in OUTPUTS for name in FAR for rule in (CHUNKED, SPREAD)]
     other: list[Tried] = []
     for i, (name, rule, output) in enumerate(far):
         progress(0.45 + 0.55 * i / len(far), f"A10, closed loop: {name}, {rule}, {output[0]} to {output[1]} tokens out")
-        loop = closed_loop(name, A10_SPEED, rule=rule, output=output, num_requests=OUTPUTS[output], **A10)  # type: ignore[arg-type]
+        loop = closed_loop(_placement(name), A10_SPEED, rule=rule, output=output, num_requests=OUTPUTS[output], **A10)  # type: ignore[arg-type]
         other.append(Tried(name, rule, A10_SPEED, output, _lean(loop)))
-    return Trials(tuple(found), tuple(other))
+    return Trials(tuple(near), tuple(few), tuple(other))
+
+
+def _on_t4(names: Sequence[str], progress: Progress, **load: int) -> list[Tried]:
+    """Each placement under each of its rules. The GPU alone asks nothing of the CPU, so its speed does not matter."""
+    todo = [(name, rule, speed) for speed in (5.0, 8.0, 10.0) for name in names for rule in RULES[name]]
+    found: list[Tried] = []
+    alone: dict[Rule, Loop] = {}
+    for i, (name, rule, speed) in enumerate(todo):
+        progress(i / len(todo), f"{name}, {rule}, CPU at {speed:g} %")
+        loop = alone.get(rule) if name == "gpu_only" else None
+        if loop is None:
+            loop = _lean(closed_loop(_placement(name), speed, rule=rule, **load))  # type: ignore[arg-type]
+        if name == "gpu_only":
+            alone[rule] = loop
+        found.append(Tried(name, rule, speed, None, loop))
+    return found
 
 
 def _placement(name: str) -> Any:
-    return OverlapOnly() if name == OverlapOnly.name else name
+    return OverlapOnly() if name == OverlapOnly.name else ByRows() if name == ByRows.name else name
 
 
 def _lean(loop: Loop) -> Loop:
@@ -481,6 +524,11 @@ def _loop_findings(tried: Trials) -> list[Finding]:
                              f"CPU at {speed:g} %: {gains[0] - 1:+.0%} over NEO (by the formulas "
                              f"{hand.async_overlap / hand.asym_pipeline - 1:+.0%}), {gains[1] - 1:+.0%} over the GPU alone",
                              "simulated", gains[0] >= 1.12 and gains[1] >= 1.5))  # fmt: skip
+    if tried.few:
+        found += [_few_finding(tried.few), Finding(
+            "chunks of prompts suit the mode without anybody's choosing",
+            f"prompts spread by hand give at most {tried.by_hand():.3f} times what the chunks give that the placement wishes",
+            "simulated", tried.by_hand() <= 1.02)]  # fmt: skip
     for output in OUTPUTS if tried.a10 else ():
         rate, middle = {name: t.loop.rate for name, t in tried.far(output).items()}, sum(output) // 2
         published = next(said for most, said in PUBLISHED if middle <= most)
@@ -488,8 +536,16 @@ def _loop_findings(tried: Trials) -> list[Finding]:
         found.append(Finding(f"A10, outputs of {middle}: {published} over NEO; +11..89 % over vLLM over all loads",
                              f"CPU at {A10_SPEED:g} %: {rate['apex'] / rate['neo'] - 1:+.1%} over NEO, "
                              f"{rate['apex'] / rate['gpu_only'] - 1:+.1%} over the GPU alone", "simulated",
-                             rate["apex"] / rate["neo"] >= least))  # fmt: skip
+                             rate["apex"] / rate["neo"] >= least and rate["apex"] >= 0.98 * rate["gpu_only"]))  # fmt: skip
     return found
+
+
+def _few_finding(few: Sequence[Tried]) -> Finding:
+    ratios = {speed: _best(few, "apex", speed).loop.rate / max(_best(few, name, speed).loop.rate for name in ("gpu_only", "neo"))
+              for speed in dict.fromkeys(t.speed for t in few)}  # fmt: skip
+    said = ", ".join(f"{ratio:.2f} at {speed:g} %" for speed, ratio in ratios.items())
+    return Finding(f"few clients ({FEW['clients']} on the T4): overlap lacks rows where the CPU is fast, and never should apex be the worse choice",
+                   f"times the best of the others, by the CPU's speed: {said}", "simulated", min(ratios.values()) >= 0.98)  # fmt: skip
 
 
 def tables(cells: Sequence[Cell], crossings: Sequence[Crossing], parts: Sequence[Part], tried: Trials) -> list[Table]:
@@ -511,17 +567,19 @@ def tables(cells: Sequence[Cell], crossings: Sequence[Crossing], parts: Sequence
 def _loop_tables(tried: Trials) -> list[Table]:
     if not tried.t4:
         return []
-    near = tuple((f"{t.speed:g} %", t.name, str(t.rule), f"{t.loop.rate:.1f}",
-                  f"{t.loop.rate / tried.best('gpu_only', t.speed).loop.rate:.2f}",
-                  *(_quantiles(t.loop.tpot.get(where, ())) for where in ("GPU", "both", "CPU"))) for t in tried.t4)  # fmt: skip
+    near, few = (tuple((f"{t.speed:g} %", t.name, str(t.rule), f"{t.loop.rate:.1f}",
+                        f"{t.loop.rate / _best(group, 'gpu_only', t.speed).loop.rate:.2f}",
+                        *(_quantiles(t.loop.tpot.get(where, ())) for where in ("GPU", "both", "CPU"))) for t in group)
+                 for group in (tried.t4, tried.few))  # fmt: skip
+    columns = ("CPU", "placement", "steps", "tokens/s", "over GPU alone", "GPU rows", "moved", "CPU rows")
     far = tuple(_far_row(output, tried.far(output)) for output in OUTPUTS)
     return [
         Table("T4, closed loop: output tokens/s, and milliseconds per token (P50, P95) by where requests lived",
-              ("CPU", "placement", "steps", "tokens/s", "over GPU alone", "GPU rows", "moved", "CPU rows"), near,
-              "simulated; steps: composer and most tokens of one"),
+              columns, near, "simulated; steps: composer and most tokens of one"),
+        Table(f"T4, closed loop with {FEW['clients']} clients", columns, few, "simulated; the same"),
         Table(f"A10, Llama-3.1-8B, {A10['kv_tokens']:,} KV tokens, 900 to 1,100 in, CPU at {A10_SPEED:g} %, closed loop: output tokens/s",
               ("tokens out", "gpu_only", "neo", "apex", "apex/neo", "apex/best other", "the authors', over neo"), far,
-              "simulated; each with the better of two ways to fill steps: c chunks of 512, s spread"),
+              "simulated; apex as it wishes, the others with the better of two ways to fill steps: c chunks of 512, s spread"),
     ]  # fmt: skip
 
 

@@ -105,11 +105,12 @@ class Forecast:
         self._paces = {"gpu_only": self._alone, "asym_pipeline": self._in_lanes, "async_overlap": self._overlapping}
 
     def courses(self, most: int) -> list[Course]:
-        """The best chunk for each mode: from what the linears carry almost for nothing, doubled up to `most` tokens."""
-        least = min(most, least_chunk(self.times, most))
+        """The best chunk for each mode: from what the linears carry almost for nothing, doubled up to `most` tokens. In lanes it is
+        `most`: the longer a step, the less of the CPU's time is wasted on rows that just do not fit, which is not forecast."""
+        least = least_chunk(self.times, most)
         chunks = [*(least << i for i in range(16) if least << i < most), most]
-        return [max((Course(mode, chunk, self.rate(mode, chunk)) for chunk in chunks), key=lambda c: (c.rate, c.chunk))
-                for mode in self._paces]  # fmt: skip
+        return [max((Course(mode, chunk, self.rate(mode, chunk)) for chunk in (chunks if mode != "asym_pipeline" else [most])),
+                    key=lambda c: (c.rate, c.chunk)) for mode in self._paces]  # fmt: skip
 
     def rate(self, mode: str, chunk: int) -> float:
         """Output tokens per second, if prompts get `chunk` tokens in each step as long as there are any."""
