@@ -65,7 +65,7 @@ SEEDS = (
     Seed("think_deep", "Think Deep, Think Fast: Investigating Efficiency of Verifier-free Inference-time-scaling Methods", "I H", "not yet"),
     Seed("thunderagent", "ThunderAgent: A Simple, Fast and Program-Aware Agentic Inference System", "H A G D", "not yet"),
     Seed("tide", "TIDE: Efficient and Lossless MoE Diffusion LLM Inference with I/O-aware Expert Offload", "C E I", "not yet"),
-    Seed("tpi_llm", "TPI-LLM: Serving 70B-scale LLMs Efficiently on Low-resource Edge Devices", "G C", "not yet"),
+    Seed("tpi_llm", "TPI-LLM: Serving 70B-scale LLMs Efficiently on Low-resource Edge Devices", "G C", "parts stand"),
     Seed("xllm", "xLLM Technical Report", "G B D E F", "not yet"),
     Seed("xlstm", "xLSTM 7B: A Recurrent LLM for Fast and Efficient Inference", "F D A B", "not yet"),
     Seed("zo_inference", "LLM Zeroth-Order Fine-Tuning is an Inference Workload", "K F A B", "not yet"),
