@@ -22,6 +22,7 @@ from llmlab.types import ItemResult, WorkItem
 
 LAST = 9  # observations of a kind of step that count
 HABIT = 0.95  # what each newer draft leaves of an average over drafts
+FIRST = 0.6  # counts as one draft at the start of the average: three drafts that hold are not yet a source that never errs
 SIBLING = 0.3  # the chance of a second choice where the first one failed, until some were tried
 GRAIN = 64  # tokens: texts are priced as if their lengths were multiples of it
 FIRST_WAIT, LONGEST_WAIT = 16, 1024  # plans without drafts after which drafts are tried again
@@ -232,7 +233,7 @@ class DraftBook:
             silent = int(tried.held == came < asked)
             self._follows.add(min(tried.held + 1, asked) - 1 - silent, min(tried.held + 1, asked) - 1)
         if self._held is None and tried.first_choices:
-            self._held = Habit(tried.held / tried.first_choices)
+            self._held = Habit((tried.held + FIRST) / (tried.first_choices + 1))
         elif self._held is not None:
             self._held.add(tried.held, tried.first_choices)
         self._sibling.add(tried.siblings_held, tried.siblings)
