@@ -28,10 +28,10 @@ class Speculative(Autoregressive):
     steady = False  # drafts come and go
 
     def work(self, request: RequestView) -> WorkItem | None:
+        if not request.drafts:
+            return None if request.num_pending else Autoregressive.work(self, request)
         if request.num_pending:
             return None
-        if not request.drafts:
-            return super().work(request)
         room = request.request.max_total_tokens - request.num_tokens
         if request.num_new_tokens <= 0 or room <= 0:
             return None
