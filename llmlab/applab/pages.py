@@ -82,22 +82,22 @@ def _atlas() -> dict[str, overlap.Record]:
 
 def placements(of: overlap.Machine) -> dict[str, overlap.Served]:
     """All placements on this machine: recorded, or else simulated, with a bar that shows how far it is."""
-    import marimo as mo
-
     known = _atlas().get(of.name)
     if known is not None:
         return known.served
+    import marimo as mo
+
     with mo.status.progress_bar(total=len(overlap.NAMES), title="Simulating", remove_on_exit=True) as bar:
         return overlap.compared(of, lambda name: bar.update(subtitle=name))
 
 
 def iterations(of: overlap.Machine, chosen: Sequence[str]) -> list[overlap.Glimpse]:
     """Two iterations of each: recorded or simulated."""
-    import marimo as mo
-
     known = _atlas().get(of.name)
     if known is not None:
         return [known.glimpses[name] for name in chosen]
+    import marimo as mo
+
     with mo.status.spinner(title="Simulating two iterations", remove_on_exit=True):
         return [overlap.glimpse(of, name) for name in chosen]
 

@@ -105,8 +105,8 @@ def sources() -> tuple[str, ...]:
     return (PAIR[1], *(["heads"] if (model_path(PAIR[0]) / "heads.safetensors").exists() else []))
 
 
-def prompts_of(suite: str, count: int) -> list[str]:
-    dice = random.Random(0)
+def prompts_of(suite: str, count: int, seed: int = 0) -> list[str]:
+    dice = random.Random(seed)
     return [tasks.suite(suite).problem(dice, k=3 if suite == "arith" else 1, split="test").prompt for _ in range(count)]
 
 
@@ -137,10 +137,12 @@ def _served(batch: int) -> dict[str, Any]:
 
 
 def _point(plain: LLM, source: str, k: int, policy: str, batch: int, rounds: int) -> Point:
-    """The first round warms up, and the policies learn."""
-    prompts, times = prompts_of("arith", max(4, batch)), ([], [])  # type: ignore[var-annotated]
+    """The first round warms up, and the policies learn. Each round has problems of its own: a source that remembers texts, such
+    as `suffix`, must not find the answers of the round before."""
+    times: tuple[list[float], list[float]] = ([], [])
     with LLM(PAIR[0], speculation=source, num_speculative_tokens=k, draft_policy=policy, **_served(batch)) as drafting:
-        for _ in range(1 + rounds):
+        for number in range(1 + rounds):
+            prompts = prompts_of("arith", max(4, batch), seed=number)
             for llm, into in zip((plain, drafting), times, strict=True):
                 into.append(_seconds(llm, prompts, batch))
         drafts: Any = drafting.engine.scheduler.policies.drafting

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmlab.events import catalog as ev
@@ -84,11 +84,18 @@ def _lane(name: str, own: Sequence[Verification], tall: int, wide: int, named: b
     colour = alt.Color("kind:N", title=None, scale=alt.Scale(domain=list(KINDS), range=colours))
     told = [alt.Tooltip("kind:N"), alt.Tooltip("said:N", title="verification")]
     mean = sum(v.yielded for v in own) / len(own) if own else 0.0
+    squares = alt.Chart(data(cells)).mark_rect(cornerRadius=2).encode(x=x, x2="x1:Q", y=y, y2="y1:Q", color=colour, tooltip=told)
+    hatch = alt.Chart(data([line for cell in cells if cell["kind"] == KINDS[2] for line in _hatch(cell)])).mark_rule(color=c.paper)
     return (
-        alt.Chart(data(cells)).mark_rect(cornerRadius=2)
-        .encode(x=x, x2="x1:Q", y=y, y2="y1:Q", color=colour, tooltip=told)
+        alt.layer(squares, hatch.encode(x=x, x2="x1:Q", y=y, y2="y1:Q"))
         .properties(width=WIDTH, height=max(60, tall * _CELL), title=alt.Title(f"{name}: {mean:.2f} tokens a verification", fontSize=13, offset=6))
     )  # fmt: skip
+
+
+def _hatch(cell: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Slanted lines across a square: what was rejected is told by more than its colour."""
+    third = (cell["x1"] - cell["x0"]) / 3
+    return [{"x0": cell["x0"] + i * third, "x1": cell["x0"] + (i + 1) * third, "y0": cell["y0"], "y1": cell["y1"]} for i in range(3)]
 
 
 def _cells(index: int, v: Verification) -> list[dict[str, Any]]:

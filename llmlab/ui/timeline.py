@@ -278,6 +278,6 @@ def _race_finding(run_a: Run, run_b: Run, shared: Sequence[str], label_a: str, l
         return f"Policy race: {label_a} against {label_b}"
     change = mean_b / mean_a - 1
     if abs(change) < 0.005:
-        return f"Policy race: {label_b} leaves the mean time to first token as it is with {label_a}"
+        return f"Policy race: the mean time to first token is the same, {label_a} or {label_b}"
     verb = "cuts" if change < 0 else "lengthens"
     return f"Policy race: {label_b} {verb} the mean time to first token by {percent(abs(change))} against {label_a}"

@@ -133,10 +133,12 @@ def test_speculation_counts_tokens(run: llmlab.Run) -> None:
     found = verifications(drafted(run))
     mean = sum(v.accepted + 1 for v in found) / 60
     assert f"{mean:.2f} tokens a verification" in words(figures.speculation_strip(drafted(run)).to_dict())
-    cells = [row for rows in figures.speculation_strip(drafted(run), ["r1"]).to_dict()["datasets"].values() for row in rows]
+    drawn = [row for rows in figures.speculation_strip(drafted(run), ["r1"]).to_dict()["datasets"].values() for row in rows]
+    cells = [row for row in drawn if "kind" in row]
     own = [v for v in found if v.request == "r1"]
     assert sum(c["kind"] == "accepted" for c in cells) == sum(v.accepted for v in own)
     assert len(cells) == sum(v.accepted + v.rejected + v.bonus for v in own)
+    assert len(drawn) - len(cells) == 3 * sum(c["kind"] == "rejected" for c in cells)  # hatched
 
 
 def test_expert_traffic_is_counted_by_layer_and_expert(run: llmlab.Run) -> None:
